@@ -1,0 +1,83 @@
+"""What each backend contributes: its own convolution, three passes of it.
+
+A backend is a module with the functions that `Backend` lists. Everything above
+this folder is written with `keras.ops` and these functions alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import keras
+
+from diagconv_tf.spec import ConvSpec
+
+
+class Trilinear(Protocol):
+    """The three passes of one convolution, as one lowering or several do them.
+
+    With inputs x, kernel k and output gradient g, the number
+    `sum(g * forward(x, k))` is linear in each of x, k and g, and the three
+    passes are its derivatives by g, x and k. So each pass's derivatives are
+    the other passes again, of any order.
+    """
+
+    def forward(self, inputs: Any, kernel: Any) -> Any: ...
+
+    def input_gradient(self, output_gradient: Any, kernel: Any, input_shape: tuple) -> Any: ...
+
+    def kernel_gradient(self, inputs: Any, output_gradient: Any) -> Any: ...
+
+
+class Backend(Protocol):
+    """The functions of a backend module; `spec` may have any `groups`."""
+
+    def default_device(self) -> tuple[str, str]:
+        """`(kind, name)` of the device that Keras computes on."""
+
+    def preferred_data_format(self, data_format: str) -> str:
+        """The layout in which this backend's convolutions run here."""
+
+    def native_why_not(self, spec: ConvSpec, pass_name: str, conditions: Any) -> list[str]:
+        """Why the backend's own op cannot compute this pass; [] if it can."""
+
+    def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any: ...
+
+    def input_gradient(
+        self, spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple
+    ) -> Any: ...
+
+    def kernel_gradient(self, spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any: ...
+
+    def differentiable(self, passes: Trilinear) -> Callable[[Any, Any], Any]:
+        """`passes.forward` with the other two passes as its derivatives."""
+
+    def interleave_zeros(self, values: Any, axes: tuple[int, int], strides: tuple) -> Any:
+        """Puts `stride - 1` zeros after every element along two axes, or
+        after every element but the last.
+        """
+
+    def sum_over_images(self, function: Callable, inputs: Any, outputs: Any) -> list[Any]:
+        """The tensors of `function(inputs, outputs)`, or the sums of what it
+        returns for batches of one image: whichever is faster here. The caller
+        sums the results over the batch axis that is left.
+        """
+
+
+@functools.cache
+def current() -> Backend:
+    """The module for Keras's backend.
+
+    Raises:
+        RuntimeError: if Keras runs on a backend without one.
+    """
+    name = keras.backend.backend()
+    if name not in ("tensorflow", "jax", "torch"):
+        raise RuntimeError(
+            "Expected the Keras backend to be 'tensorflow', 'jax' or 'torch'. "
+            f"Received: keras.backend.backend()={name!r}"
+        )
+    return importlib.import_module(f"diagconv_tf.backends.{name}")  # type: ignore[return-value]

@@ -1,0 +1,208 @@
+"""TensorFlow: `tf.nn`'s convolutions, their transposes, `tf.custom_gradient`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from diagconv_tf.spec import ConvSpec
+
+
+def default_device() -> tuple[str, str]:
+    gpus = tf.config.list_logical_devices("GPU")
+    if not gpus:
+        return "cpu", ""
+    physical = tf.config.list_physical_devices("GPU")[0]
+    return "gpu", tf.config.experimental.get_device_details(physical).get("device_name", "")
+
+
+def preferred_data_format(data_format: str) -> str:
+    # On the CPU most of TensorFlow's convolution kernels know channels-last
+    # only (Keras transposes there too).
+    return data_format if default_device()[0] == "gpu" else "channels_last"
+
+
+def native_why_not(spec: ConvSpec, pass_name: str, conditions: Any) -> list[str]:
+    return []
+
+
+def forward(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
+    stride = math.gcd(*spec.strides)
+    dilated = max(spec.dilation_rate) > 1
+    if dilated and max(spec.strides) > 1:
+        # `tf.nn` refuses strides with dilation.
+        return _forward_then_subsample(spec, inputs, kernel, stride=1)
+    if spec.is_depthwise and spec.strides != (stride, stride):
+        # The depthwise op takes one stride for both axes.
+        return _forward_then_subsample(spec, inputs, kernel, stride)
+    if spec.is_depthwise:
+        return _depthwise_conv2d(spec, inputs, kernel)
+    if spec.groups > 1 and not _has_grouped_gradients(spec.compute_dtype):
+        return _compiled_conv2d(spec, inputs, kernel)
+    return _conv2d(spec, inputs, kernel)
+
+
+def input_gradient(spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple) -> Any:
+    # The value of the zeros is never read: a graph drops this forward pass.
+    inputs = tf.zeros(input_shape, kernel.dtype)
+    return _transpose(lambda x: forward(spec, x, kernel), inputs, output_gradient)
+
+
+def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
+    kernel = tf.zeros(spec.kernel_shape, inputs.dtype)
+    return _transpose(lambda k: forward(spec, inputs, k), kernel, output_gradient)
+
+
+def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
+    @tf.custom_gradient
+    def forward_pass(inputs, kernel):
+        def vjp(g):
+            return input_gradient_pass(g, kernel, _shape(inputs)), kernel_gradient_pass(inputs, g)
+
+        return passes.forward(inputs, kernel), vjp
+
+    def input_gradient_pass(output_gradient, kernel, input_shape):
+        @tf.custom_gradient
+        def with_shape(output_gradient, kernel):
+            def vjp(g):
+                return forward_pass(g, kernel), kernel_gradient_pass(g, output_gradient)
+
+            return passes.input_gradient(output_gradient, kernel, input_shape), vjp
+
+        return with_shape(output_gradient, kernel)
+
+    @tf.custom_gradient
+    def kernel_gradient_pass(inputs, output_gradient):
+        def vjp(g):
+            shape = _shape(inputs)
+            return input_gradient_pass(output_gradient, g, shape), forward_pass(inputs, g)
+
+        return passes.kernel_gradient(inputs, output_gradient), vjp
+
+    return forward_pass
+
+
+def interleave_zeros(values: Any, axes: tuple[int, int], strides: tuple) -> Any:
+    for axis, stride in zip(axes, strides, strict=True):
+        shape = list(_shape(values))
+        padding = [[0, 0]] * (len(shape) + 1)
+        padding[axis + 1] = [0, stride - 1]
+        shape[axis] *= stride
+        values = tf.reshape(tf.pad(tf.expand_dims(values, axis + 1), padding), shape)
+    return values
+
+
+def sum_over_images(function: Callable, inputs: Any, outputs: Any) -> list[Any]:
+    if default_device()[0] != "cpu" or inputs.shape[0] == 0:
+        return function(inputs, outputs)
+    # XLA:CPU does not vectorise a reduction over batch and space; adding whole
+    # images into an accumulator it does (measured: 2 to 14 times faster).
+    count = _shape(inputs)[0]
+    image_like = [tf.zeros((1, *_shape(batch)[1:]), batch.dtype) for batch in (inputs, outputs)]
+    zeros = [tf.zeros_like(product) for product in function(*image_like)]
+
+    def add_image(index, totals):
+        products = function(inputs[index][None], outputs[index][None])
+        return index + 1, [t + p for t, p in zip(totals, products, strict=True)]
+
+    _, totals = tf.while_loop(
+        lambda index, _: index < count, add_image, (0, zeros), maximum_iterations=count
+    )
+    return totals
+
+
+def _depthwise_conv2d(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
+    kernel = tf.reshape(kernel, (*spec.kernel_size, spec.groups, spec.output_channels_per_group))
+    return tf.nn.depthwise_conv2d(
+        inputs,
+        kernel,
+        strides=_four(spec, spec.strides),
+        padding=spec.padding.upper(),
+        data_format=_layout(spec),
+        dilations=spec.dilation_rate,
+    )
+
+
+def _conv2d(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
+    # Not `tf.nn.conv2d`: on the CPU it has no gradients where the kernel is
+    # dilated; this one moves the gaps into the batch axis.
+    return tf.nn.convolution(
+        inputs,
+        kernel,
+        strides=spec.strides,
+        padding=spec.padding.upper(),
+        data_format=_layout(spec),
+        dilations=spec.dilation_rate,
+    )
+
+
+def _forward_then_subsample(spec: ConvSpec, inputs: Any, kernel: Any, stride: int) -> Any:
+    """Pads as `spec` says, runs with `stride`, keeps every so manyth output."""
+    vertical, horizontal = spec.spatial_axes
+    shape = _shape(inputs)
+    padding: list[Any] = [[0, 0]] * 4
+    padding[vertical], padding[horizontal] = spec.padding_for((shape[vertical], shape[horizontal]))
+    if spec.padding == "same":
+        inputs = tf.pad(inputs, padding)
+    dense = spec.replace(height=None, width=None, padding="valid", strides=(stride, stride))
+    outputs = forward(dense, inputs, kernel)
+    steps = [slice(None)] * 4
+    steps[vertical] = slice(None, None, spec.strides[0] // stride)
+    steps[horizontal] = slice(None, None, spec.strides[1] // stride)
+    return outputs[tuple(steps)]
+
+
+@functools.partial(tf.function, jit_compile=True)
+def _compiled_conv2d(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
+    return _conv2d(spec, inputs, kernel)
+
+
+@functools.cache
+def _has_grouped_gradients(dtype: str) -> bool:
+    """Whether the gradients of a grouped `Conv2D` run here without XLA.
+
+    On the CPU only oneDNN has them, where it is switched on, and not for every
+    dtype. Keras compiles every grouped convolution with XLA instead, which is
+    slower (measured on a CPU, float32: 40 times).
+    """
+    if default_device()[0] == "gpu":
+        return True
+    # A small trial, apart from any graph or tape that is being recorded.
+    with tf.init_scope():
+        try:
+            tf.raw_ops.Conv2DBackpropInput(
+                input_sizes=(1, 4, 4, 4),
+                filter=tf.ones((3, 3, 2, 4), dtype),
+                out_backprop=tf.ones((1, 2, 2, 4), dtype),
+                strides=(1, 1, 1, 1),
+                padding="VALID",
+            )
+        except tf.errors.OpError:
+            return False
+    return True
+
+
+def _transpose(function: Callable, argument: Any, cotangent: Any) -> Any:
+    """The transpose of the linear `function`, applied to `cotangent`."""
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(argument)
+        result = function(argument)
+    return tape.gradient(result, argument, cotangent)
+
+
+def _shape(tensor: Any) -> tuple:
+    """Sizes of `tensor`: ints where known, else scalar tensors."""
+    dynamic = tf.shape(tensor)
+    return tuple(dynamic[i] if n is None else n for i, n in enumerate(tensor.shape))
+
+
+def _layout(spec: ConvSpec) -> str:
+    return "NHWC" if spec.data_format == "channels_last" else "NCHW"
+
+
+def _four(spec: ConvSpec, two: tuple[int, int]) -> tuple[int, int, int, int]:
+    return (1, *two, 1) if spec.data_format == "channels_last" else (1, 1, *two)

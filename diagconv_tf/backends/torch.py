@@ -1,0 +1,148 @@
+"""PyTorch: `conv2d`, `torch.nn.grad`, and `torch.autograd.Function`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional, grad
+
+from diagconv_tf.spec import ConvSpec
+
+
+def default_device() -> tuple[str, str]:
+    from keras.src.backend.torch.core import get_device
+
+    device = torch.device(get_device())
+    if device.type == "cuda":
+        return "gpu", torch.cuda.get_device_name(device)
+    return device.type, ""
+
+
+def preferred_data_format(data_format: str) -> str:
+    # PyTorch's convolutions take channels-first shapes only; Keras's
+    # channels-last tensors become such by a permuted view, which keeps the
+    # memory as it is.
+    return "channels_first"
+
+
+def native_why_not(spec: ConvSpec, pass_name: str, conditions: Any) -> list[str]:
+    return []
+
+
+def forward(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
+    inputs, padding = _pad(spec, inputs)
+    return functional.conv2d(
+        inputs, _to_oihw(kernel, inputs), padding=padding, **_window_arguments(spec)
+    )
+
+
+def input_gradient(spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple) -> Any:
+    (top, bottom), (left, right) = spec.padding_for(tuple(input_shape[2:]))
+    batch, channels, height, width = input_shape
+    padded = grad.conv2d_input(
+        (batch, channels, height + top + bottom, width + left + right),
+        _to_oihw(kernel, output_gradient),
+        output_gradient,
+        **_window_arguments(spec),
+    )
+    return padded[:, :, top : top + height, left : left + width]
+
+
+def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
+    inputs, padding = _pad(spec, inputs)
+    kh, kw, per_group, outputs = spec.kernel_shape
+    gradient = grad.conv2d_weight(
+        inputs,
+        (outputs, per_group, kh, kw),
+        output_gradient,
+        padding=padding,
+        **_window_arguments(spec),
+    )
+    return gradient.permute(2, 3, 1, 0)
+
+
+def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(context, inputs, kernel):
+            context.save_for_backward(inputs, kernel)
+            return passes.forward(inputs, kernel)
+
+        @staticmethod
+        def backward(context, g):
+            inputs, kernel = context.saved_tensors
+            wants_input, wants_kernel = context.needs_input_grad
+            return (
+                InputGradient.apply(g, kernel, tuple(inputs.shape)) if wants_input else None,
+                KernelGradient.apply(inputs, g) if wants_kernel else None,
+            )
+
+    class InputGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(context, output_gradient, kernel, input_shape):
+            context.save_for_backward(output_gradient, kernel)
+            return passes.input_gradient(output_gradient, kernel, input_shape)
+
+        @staticmethod
+        def backward(context, g):
+            output_gradient, kernel = context.saved_tensors
+            wants_output, wants_kernel, _ = context.needs_input_grad
+            return (
+                Forward.apply(g, kernel) if wants_output else None,
+                KernelGradient.apply(g, output_gradient) if wants_kernel else None,
+                None,
+            )
+
+    class KernelGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(context, inputs, output_gradient):
+            context.save_for_backward(inputs, output_gradient)
+            return passes.kernel_gradient(inputs, output_gradient)
+
+        @staticmethod
+        def backward(context, g):
+            inputs, output_gradient = context.saved_tensors
+            wants_input, wants_output = context.needs_input_grad
+            return (
+                InputGradient.apply(output_gradient, g, tuple(inputs.shape))
+                if wants_input
+                else None,
+                Forward.apply(inputs, g) if wants_output else None,
+            )
+
+    return Forward.apply
+
+
+def interleave_zeros(values: Any, axes: tuple[int, int], strides: tuple) -> Any:
+    shape = list(values.shape)
+    steps = [slice(None)] * values.ndim
+    for axis, stride in zip(axes, strides, strict=True):
+        shape[axis] *= stride
+        steps[axis] = slice(None, None, stride)
+    spread = values.new_zeros(shape)
+    spread[tuple(steps)] = values
+    return spread
+
+
+def sum_over_images(function: Callable, inputs: Any, outputs: Any) -> list[Any]:
+    return function(inputs, outputs)
+
+
+def _window_arguments(spec: ConvSpec) -> dict[str, Any]:
+    return {"stride": spec.strides, "dilation": spec.dilation_rate, "groups": spec.groups}
+
+
+def _to_oihw(kernel: Any, like: Any) -> Any:
+    kernel = kernel.permute(3, 2, 0, 1)
+    if like.is_contiguous(memory_format=torch.channels_last):
+        return kernel.contiguous(memory_format=torch.channels_last)
+    return kernel
+
+
+def _pad(spec: ConvSpec, inputs: Any) -> tuple[Any, tuple[int, int]]:
+    (top, bottom), (left, right) = spec.padding_for(tuple(inputs.shape[2:]))
+    if top == bottom and left == right:
+        return inputs, (top, left)
+    return functional.pad(inputs, (left, right, top, bottom)), (0, 0)

@@ -1,0 +1,34 @@
+"""The exact ways to compute a `ConvSpec`; each says why it cannot."""
+
+from diagconv_tf.lowerings.base import Lowering
+from diagconv_tf.lowerings.choice import (
+    ACCEPTED,
+    DEFAULT_LOWERING,
+    LoweringChoice,
+    LoweringLike,
+    PerPassChoice,
+    UniformChoice,
+    convolve,
+    parse,
+    why_not,
+)
+from diagconv_tf.lowerings.diagonal import Diagonal, DiagonalGrouped
+from diagconv_tf.lowerings.native import Native
+from diagconv_tf.lowerings.shifted import Shifted
+
+__all__ = [
+    "ACCEPTED",
+    "DEFAULT_LOWERING",
+    "Diagonal",
+    "DiagonalGrouped",
+    "Lowering",
+    "LoweringChoice",
+    "LoweringLike",
+    "Native",
+    "PerPassChoice",
+    "Shifted",
+    "UniformChoice",
+    "convolve",
+    "parse",
+    "why_not",
+]

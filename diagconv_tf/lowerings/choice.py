@@ -1,0 +1,202 @@
+"""The `lowering` argument: what users write, and the value it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+from diagconv_tf import backends
+from diagconv_tf.lowerings.base import Lowering
+from diagconv_tf.lowerings.diagonal import Diagonal, DiagonalGrouped
+from diagconv_tf.lowerings.native import Native
+from diagconv_tf.lowerings.shifted import Shifted
+from diagconv_tf.spec import PASSES, Conditions, ConvSpec
+
+#: What users write for one lowering, or for one per pass.
+LoweringLike = str | Mapping[str, str]
+
+#: The authors' choice: their code makes `channels / 32` groups.
+DEFAULT_LOWERING = "diagonal:32"
+
+_NUMBERED = re.compile(r"(diagonal|diagonal_grouped):([1-9][0-9]*)")
+
+ACCEPTED = (
+    '"native", "diagonal:N", "diagonal" (N = 32), "diagonal_grouped:N", "dense" or "shifted", '
+    "with N an integer >= 1; or a dict with one of these for each of the keys "
+    + ", ".join(f'"{name}"' for name in PASSES)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformChoice:
+    """One lowering for all passes."""
+
+    lowering: Lowering
+
+    def for_pass(self, pass_name: str) -> Lowering:
+        return self.lowering
+
+    def to_config(self) -> str:
+        """The string that `parse` turns into this choice."""
+        return self.lowering.name
+
+    def __str__(self) -> str:
+        return self.lowering.name
+
+
+@dataclasses.dataclass(frozen=True)
+class PerPassChoice:
+    """One lowering for each pass."""
+
+    forward: Lowering
+    input_gradient: Lowering
+    kernel_gradient: Lowering
+
+    def for_pass(self, pass_name: str) -> Lowering:
+        return getattr(self, pass_name)
+
+    def to_config(self) -> dict[str, str]:
+        """The dict that `parse` turns into this choice."""
+        return {name: self.for_pass(name).name for name in PASSES}
+
+    def __str__(self) -> str:
+        return "/".join(self.to_config().values())
+
+
+LoweringChoice = UniformChoice | PerPassChoice
+
+
+def parse(lowering: LoweringLike | LoweringChoice) -> LoweringChoice:
+    """The choice that a `lowering` argument stands for.
+
+    Args:
+        lowering: a string, a dict of one string per pass, or a choice.
+
+    Raises:
+        ValueError: if it is neither; the message lists what is accepted.
+    """
+    if isinstance(lowering, UniformChoice | PerPassChoice):
+        return lowering
+    if isinstance(lowering, Mapping) and set(lowering) == set(PASSES):
+        return PerPassChoice(**{name: _parse_name(lowering[name], lowering) for name in PASSES})
+    return UniformChoice(_parse_name(lowering, lowering))
+
+
+def _parse_name(name: Any, received: Any) -> Lowering:
+    if isinstance(name, str):
+        if name == "diagonal":
+            name = DEFAULT_LOWERING
+        if name == "native":
+            return Native()
+        if name == "shifted":
+            return Shifted()
+        if name == "dense":
+            return Diagonal(None)
+        if match := _NUMBERED.fullmatch(name):
+            kind = Diagonal if match[1] == "diagonal" else DiagonalGrouped
+            return kind(int(match[2]))
+    if isinstance(received, Mapping):
+        received = dict(received)
+    raise ValueError(f"Expected `lowering` to be {ACCEPTED}. Received: lowering={received!r}")
+
+
+def why_not(
+    spec: ConvSpec,
+    lowering: LoweringLike | LoweringChoice,
+    pass_name: str | None = None,
+    conditions: Conditions | None = None,
+) -> list[str]:
+    """Every reason why a lowering cannot compute a problem; [] means it can.
+
+    This alone decides support: whatever it does not refuse runs.
+
+    Args:
+        spec: the problem.
+        lowering: as a layer's `lowering`.
+        pass_name: `"forward"`, `"input_gradient"` or `"kernel_gradient"`; None
+            asks for all of them.
+        conditions: where it would run; None means this process.
+
+    Raises:
+        ValueError: if `lowering` or `pass_name` is not known.
+    """
+    choice = parse(lowering)
+    if pass_name is not None and pass_name not in PASSES:
+        raise ValueError(
+            f"Expected `pass_name` to be one of {PASSES} or None. Received: pass_name={pass_name!r}"
+        )
+    conditions = conditions or _current_conditions()
+    reasons: list[str] = []
+    for name in PASSES if pass_name is None else (pass_name,):
+        for reason in choice.for_pass(name).why_not(spec, name, conditions):
+            if reason not in reasons:
+                reasons.append(reason)
+    return reasons
+
+
+@functools.cache
+def _current_conditions() -> Conditions:
+    return Conditions.current()
+
+
+def convolve(spec: ConvSpec, choice: LoweringChoice, inputs: Any, kernel: Any) -> Any:
+    """The convolution of `spec`, computed and differentiated as chosen.
+
+    One lowering for all passes is differentiated by the framework, unless it
+    has gradients of its own; one per pass, and `"shifted"`, go through the
+    backend's custom gradients, where forward-mode differentiation is not to be
+    had.
+
+    Args:
+        spec: the problem; nothing is asked of `why_not` again.
+        choice: what `parse` made of a layer's `lowering`.
+        inputs: tensor of `spec.input_shape`.
+        kernel: tensor of `spec.kernel_shape`.
+
+    Returns:
+        A tensor of `spec.output_shape` and the dtype of the inputs.
+    """
+    backend = backends.current()
+    layout = backend.preferred_data_format(spec.data_format)
+    if layout != spec.data_format:
+        moved = spec.replace(data_format=layout)
+        outputs = convolve(moved, choice, _transpose(inputs, layout), kernel)
+        return _transpose(outputs, spec.data_format)
+    if isinstance(choice, UniformChoice) and not choice.lowering.has_own_gradients:
+        return choice.lowering.forward(spec, inputs, kernel)
+    return _differentiable(spec, choice)(inputs, kernel)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Passes:
+    """The three passes of a choice, with the problem filled in."""
+
+    spec: ConvSpec
+    choice: LoweringChoice
+
+    def forward(self, inputs: Any, kernel: Any) -> Any:
+        return self.choice.for_pass("forward").forward(self.spec, inputs, kernel)
+
+    def input_gradient(self, output_gradient: Any, kernel: Any, input_shape: tuple) -> Any:
+        lowering = self.choice.for_pass("input_gradient")
+        return lowering.input_gradient(self.spec, output_gradient, kernel, input_shape)
+
+    def kernel_gradient(self, inputs: Any, output_gradient: Any) -> Any:
+        lowering = self.choice.for_pass("kernel_gradient")
+        return lowering.kernel_gradient(self.spec, inputs, output_gradient)
+
+
+@functools.lru_cache(maxsize=1024)
+def _differentiable(spec: ConvSpec, choice: LoweringChoice) -> Any:
+    # Cached, so that a compiler meets the same function on every call.
+    return backends.current().differentiable(_Passes(spec, choice))
+
+
+def _transpose(tensor: Any, data_format: str) -> Any:
+    order = (0, 2, 3, 1) if data_format == "channels_last" else (0, 3, 1, 2)
+    return keras.ops.transpose(tensor, order)

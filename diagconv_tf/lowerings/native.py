@@ -1,0 +1,36 @@
+"""`"native"`: the framework's own op for the problem."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from diagconv_tf import backends
+from diagconv_tf.lowerings.base import Lowering
+from diagconv_tf.spec import Conditions, ConvSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Native(Lowering):
+    """The depthwise op where a group has one channel, else the grouped one.
+
+    For `Conv2D(groups=channels)` stock Keras does not run the depthwise op.
+    """
+
+    @property
+    def name(self) -> str:
+        return "native"
+
+    def why_not(self, spec: ConvSpec, pass_name: str, conditions: Conditions) -> list[str]:
+        return backends.current().native_why_not(spec, pass_name, conditions)
+
+    def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
+        return backends.current().forward(spec, inputs, kernel)
+
+    def input_gradient(
+        self, spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple
+    ) -> Any:
+        return backends.current().input_gradient(spec, output_gradient, kernel, input_shape)
+
+    def kernel_gradient(self, spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
+        return backends.current().kernel_gradient(spec, inputs, output_gradient)

@@ -1,0 +1,347 @@
+"""Every lowering computes the same function, to any order of differentiation."""
+
+import os
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from diagconv_tf import ConvSpec, why_not
+from diagconv_tf.lowerings import convolve, parse
+from diagconv_tf.spec import PASSES
+from tests import cases
+from tests.numerics import (
+    BACKEND,
+    MODES,
+    assert_close,
+    expected,
+    random_problem,
+    run_lowering,
+    vector_jacobian,
+)
+
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+
+# Configurations to draw: as many as the time for tests allows on 2 cores.
+EXAMPLES = {
+    ("tensorflow", "eager"): 500,
+    ("tensorflow", "graph"): 100,
+    ("tensorflow", "xla"): 60,
+    ("jax", "eager"): 15,
+    ("jax", "compiled"): 150,
+    ("torch", "eager"): 1000,
+}
+
+
+@pytest.mark.parametrize("lowering", cases.LOWERINGS.values(), ids=cases.LOWERINGS)
+@pytest.mark.parametrize("spec", cases.NAMED.values(), ids=cases.NAMED)
+def test_named_cases_equal_the_reference_in_float64(spec, lowering):
+    if why_not(spec, lowering):
+        pytest.skip("; ".join(why_not(spec, lowering)))
+    spec = spec.replace(compute_dtype="float64")
+    problem = random_problem(spec)
+    mode = "compiled" if BACKEND == "jax" else "eager"
+    with keras_x64():
+        assert_close(run_lowering(spec, lowering, *problem, mode), expected(spec, *problem), 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_random_configurations_equal_the_reference(mode):
+    count = EXAMPLES[BACKEND, mode] * (5 if THOROUGH else 1)
+
+    @hypothesis.settings(
+        max_examples=count,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate] + [hypothesis.Phase.shrink] * (mode == "eager"),
+    )
+    @hypothesis.given(cases.specs(), cases.lowerings(), st.integers(0, 2**31))
+    def law(spec, lowering, seed):
+        if why_not(spec, lowering):
+            return
+        problem = random_problem(spec, seed)
+        values = run_lowering(spec, lowering, *problem, mode)
+        scales = expected(spec, *map(np.abs, problem))
+        assert_close(values, expected(spec, *problem), 1e-6, scales)
+
+    law()
+
+
+@pytest.mark.parametrize("lowering", ["native", "diagonal:8", "shifted"])
+@pytest.mark.parametrize(
+    "kernel_size", [(31, 31), (15, 1), (1, 31)], ids=lambda k: f"{k[0]}x{k[1]}"
+)
+def test_large_kernels(kernel_size, lowering):
+    spec = ConvSpec(1, 33, 32, 10, kernel_size=kernel_size, padding="same")
+    problem = random_problem(spec)
+    assert_close(run_lowering(spec, lowering, *problem), expected(spec, *problem), 5e-6)
+
+
+SECOND_ORDER = {
+    name: cases.NAMED[name]
+    for name in ("plain", "stride 2 same odd", "multiplier", "groups of 2", "channels first")
+}
+
+
+@pytest.mark.parametrize("lowering", cases.LOWERINGS.values(), ids=cases.LOWERINGS)
+@pytest.mark.parametrize("spec", SECOND_ORDER.values(), ids=SECOND_ORDER)
+def test_second_derivatives_equal_those_of_the_native_op(spec, lowering):
+    if why_not(spec, lowering):
+        pytest.skip("; ".join(why_not(spec, lowering)))
+    spec = spec.replace(compute_dtype="float64")
+    x, k, g = random_problem(spec)
+    u, v, _ = random_problem(spec, seed=1)
+
+    with keras_x64():
+        wanted = second_derivatives(native_reference(spec), x, k, g, u, v)
+        values = second_derivatives(
+            lambda x, k: convolve(spec, parse(lowering), x, k), x, k, g, u, v
+        )
+    for value, want in zip(values, wanted, strict=True):
+        np.testing.assert_allclose(value, want, rtol=1e-9, atol=1e-9)
+
+
+def native_reference(spec):
+    """Keras's own convolution op for `spec`."""
+
+    def convolution(x, k):
+        arguments = {
+            "strides": spec.strides,
+            "padding": spec.padding,
+            "dilation_rate": spec.dilation_rate,
+            "data_format": spec.data_format,
+        }
+        if spec.is_depthwise:
+            shape = (*spec.kernel_size, spec.groups, spec.output_channels_per_group)
+            return keras.ops.depthwise_conv(x, keras.ops.reshape(k, shape), **arguments)
+        return keras.ops.conv(x, k, **arguments)
+
+    return convolution
+
+
+def second_derivatives(convolution, x, k, g, u, v):
+    """Gradients by x, k and g of `<u, dx> + <v, dk>`, with a square on top.
+
+    The square makes the outputs matter twice, so that the gradient by x of the
+    input gradient is not zero.
+    """
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        x, k, g, u, v = map(tf.constant, (x, k, g, u, v))
+        with tf.GradientTape() as outer:
+            outer.watch([x, k, g])
+            with tf.GradientTape() as inner:
+                inner.watch([x, k])
+                y = convolution(x, k)
+                loss = tf.reduce_sum(g * y + y * y)
+            dx, dk = inner.gradient(loss, [x, k])
+            product = tf.reduce_sum(dx * u) + tf.reduce_sum(dk * v)
+        return [t.numpy() for t in outer.gradient(product, [x, k, g])]
+    if BACKEND == "jax":
+        import jax
+
+        def product(x, k, g):
+            def loss(x, k):
+                y = convolution(x, k)
+                return (g * y + y * y).sum()
+
+            dx, dk = jax.grad(loss, (0, 1))(x, k)
+            return (dx * u).sum() + (dk * v).sum()
+
+        return jax.jit(jax.grad(product, (0, 1, 2)))(x, k, g)
+    import torch
+
+    x, k, g = (torch.tensor(a, requires_grad=True) for a in (x, k, g))
+    y = convolution(x, k)
+    dx, dk = torch.autograd.grad((g * y + y * y).sum(), [x, k], create_graph=True)
+    product = (dx * torch.tensor(u)).sum() + (dk * torch.tensor(v)).sum()
+    return [t.numpy() for t in torch.autograd.grad(product, [x, k, g])]
+
+
+HALF_LOWERINGS = ["diagonal:8", "dense", "diagonal_grouped:8", "shifted"]
+
+
+@pytest.mark.parametrize("lowering", HALF_LOWERINGS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_loses_no_more_than_the_native_op(dtype, lowering):
+    """Against float64, on operands that are exact in half precision.
+
+    A large batch and image make the kernel gradient a long sum, which an
+    accumulator in half precision would lose or overflow.
+    """
+    spec = ConvSpec(8, 24, 24, 16, padding="same", compute_dtype=dtype)
+    rng = np.random.default_rng(0)
+    x, g = (np.abs(rng.normal(size=s)) for s in (spec.input_shape, spec.output_shape))
+    k = rng.normal(size=spec.kernel_shape)
+    x, k, g = (
+        keras.ops.convert_to_numpy(keras.ops.cast(keras.ops.cast(a, dtype), "float32"))
+        for a in (x, k, g)
+    )
+    wanted = expected(spec, x, k, g)
+    mode = MODES[-1]
+    native = run_lowering(spec, "native", x, k, g, mode)
+    values = run_lowering(spec, lowering, x, k, g, mode)
+    rounding = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    for value, by_native, want in zip(values, native, wanted, strict=True):
+        error, native_error = (
+            np.linalg.norm(v - want) / np.linalg.norm(want) for v in (value, by_native)
+        )
+        # One rounding of the result is what the best algorithm must lose.
+        assert error <= max(1.05 * native_error, rounding), f"{error:.2e} vs {native_error:.2e}"
+
+
+@pytest.mark.parametrize("lowering", HALF_LOWERINGS)
+def test_float16_kernel_gradients_do_not_overflow_before_the_end(lowering):
+    """Terms whose sum fits float16, though sums of their parts do not."""
+    spec = ConvSpec(16, 16, 16, 8, kernel_size=(1, 1), compute_dtype="float16")
+    x = np.full(spec.input_shape, 8.0)
+    g = np.full(spec.output_shape, 8.0)
+    g[8:] = -8.0  # The first half of the batch alone sums to 131072 > 65504.
+    g[8, 0, 0] = 8.0
+    k = np.ones(spec.kernel_shape)
+    with np.errstate(over="ignore"):
+        dk = run_lowering(spec, lowering, x, k, g, MODES[-1])[2]
+        by_native = run_lowering(spec, "native", x, k, g, MODES[-1])[2]
+    if not np.isfinite(by_native).all():
+        pytest.skip("the native op overflows here")
+    np.testing.assert_allclose(dk, 128.0, rtol=1e-2)
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("lowering", cases.LOWERINGS.values(), ids=cases.LOWERINGS)
+@pytest.mark.parametrize("name", ["plain", "stride 2 same odd", "stride 2 same even", "multiplier"])
+def test_unknown_batch_and_size_in_a_graph(name, lowering):
+    import tensorflow as tf
+
+    spec = cases.NAMED[name]
+    unknown = spec.replace(batch=None, height=None, width=None)
+    shape = [None, None, None, spec.input_channels]
+
+    @tf.function(input_signature=[tf.TensorSpec(shape), tf.TensorSpec(spec.kernel_shape)])
+    def gradients(x, k):
+        with tf.GradientTape() as tape:
+            tape.watch([x, k])
+            y = convolve(unknown, parse(lowering), x, k)
+            loss = tf.reduce_sum(y * y)
+        return y, *tape.gradient(loss, [x, k])
+
+    for height, width in ((9, 8), (8, 11)):
+        sized = spec.replace(height=height, width=width)
+        x, k, _ = random_problem(sized)
+        y = expected(sized, x, k, np.zeros(sized.output_shape))[0]
+        wanted = expected(sized, x, k, 2 * y)
+        assert_close([t.numpy() for t in gradients(x, k)], wanted, 1e-5)
+
+
+@pytest.mark.parametrize("lowering", ["native", "diagonal:4", "shifted"])
+def test_no_images_at_all(lowering):
+    spec = cases.NAMED["same"].replace(batch=0)
+    y, dx, dk = run_lowering(spec, lowering, *random_problem(spec), MODES[-1])
+    assert y.shape == spec.output_shape
+    assert dx.shape == spec.input_shape
+    assert not dk.any()
+
+
+def test_a_bad_channel_spreads_within_its_block_alone():
+    spec = ConvSpec(1, 5, 5, 8)
+    x, k, _ = random_problem(spec)
+    x[..., 1] = np.inf
+
+    def bad_outputs(lowering):
+        y = vector_jacobian(
+            lambda x, k: convolve(spec, parse(lowering), x, k),
+            (x.astype("float32"), k.astype("float32")),
+            np.ones(spec.output_shape, "float32"),
+            MODES[-1],
+        )[0]
+        return np.flatnonzero(~np.isfinite(y).all((0, 1, 2))).tolist()
+
+    assert bad_outputs("native") == [1]
+    assert bad_outputs("shifted") == [1]
+    assert bad_outputs("diagonal:4") == [0, 1, 2, 3]
+
+
+class TestWhyNot:
+    def test_nothing_against_what_fits(self):
+        for lowering in ("native", "diagonal:4", "dense", "diagonal_grouped:3", "shifted"):
+            assert why_not(cases.NAMED["plain"], lowering) == []
+
+    def test_diagonal_grouped_needs_a_divisor_of_the_channels(self):
+        reasons = why_not(ConvSpec(1, 8, 8, 144), "diagonal_grouped:32")
+        assert len(reasons) == 1
+        assert "32" in reasons[0]
+        assert "144" in reasons[0]
+
+    def test_diagonal_grouped_needs_whole_groups(self):
+        spec = ConvSpec(1, 8, 8, groups=4, input_channels_per_group=6)
+        assert any("6" in reason for reason in why_not(spec, "diagonal_grouped:8"))
+
+    def test_a_reason_belongs_to_its_pass(self):
+        lowering = dict.fromkeys(PASSES, "native") | {"kernel_gradient": "diagonal_grouped:5"}
+        spec = cases.NAMED["plain"]
+        assert why_not(spec, lowering, "forward") == []
+        assert why_not(spec, lowering, "kernel_gradient") == why_not(spec, lowering) != []
+
+    def test_unknown_pass(self):
+        with pytest.raises(ValueError, match=r"Expected `pass_name`.*Received.*'backward'"):
+            why_not(cases.NAMED["plain"], "native", "backward")
+
+
+class TestParse:
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            "diagonal:0",
+            "diagonal:-1",
+            "diagonal:",
+            "diagonal:3.5",
+            "diagonal:032",
+            "diagonal_grouped",
+            "Diagonal",
+            "",
+            32,
+            None,
+            ["native"],
+            {"forward": "native"},
+            dict.fromkeys(PASSES, "native") | {"backward": "native"},
+            dict.fromkeys(PASSES, "nativ"),
+        ],
+        ids=repr,
+    )
+    def test_what_is_refused_lists_what_is_accepted(self, bad):
+        with pytest.raises(ValueError, match="Expected `lowering` to be .*Received: lowering="):
+            parse(bad)
+
+    @pytest.mark.parametrize(
+        "lowering",
+        ["native", "diagonal:7", "dense", "diagonal_grouped:16", "shifted"]
+        + [cases.LOWERINGS["per pass a"]],
+        ids=str,
+    )
+    def test_round_trip(self, lowering):
+        assert parse(lowering).to_config() == lowering
+        assert parse(parse(lowering)) == parse(lowering)
+        assert hash(parse(lowering)) == hash(parse(lowering))
+
+    def test_diagonal_alone_means_the_authors_32(self):
+        assert parse("diagonal") == parse("diagonal:32")
+
+
+class keras_x64:  # noqa: N801
+    """Lets JAX compute in float64 inside a `with`."""
+
+    def __enter__(self):
+        if BACKEND == "jax":
+            import jax
+
+            self._before = jax.config.jax_enable_x64
+            jax.config.update("jax_enable_x64", True)
+
+    def __exit__(self, *_):
+        if BACKEND == "jax":
+            import jax
+
+            jax.config.update("jax_enable_x64", self._before)

@@ -11,6 +11,7 @@ from diagconv_tf.layers import (
 )
 from diagconv_tf.lowerings import why_not
 from diagconv_tf.spec import Conditions, ConvSpec
+from diagconv_tf.step_timer import StepTimer
 
 __version__ = "0.1.0"
 
@@ -20,5 +21,6 @@ __all__ = [
     "DiagonalwiseConv2D",
     "DiagonalwiseDepthwiseConv2D",
     "DiagonalwiseSeparableConv2D",
+    "StepTimer",
     "why_not",
 ]

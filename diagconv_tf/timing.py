@@ -1,22 +1,17 @@
-"""The one clock: functions against each other, and the steps of a training.
+"""The one clock: it waits for the device, and times functions against each other.
 
-`time_interleaved` times candidates in turn; `StepTimer` is a Keras callback
-that times training steps. Both wait for the device before they read the clock
-(`synchronize`), keep the first call apart because it compiles, and report
-`Timings`: all samples in seconds, with median, p10 and p90.
+`time_interleaved` times candidates in turn. It waits for the device before it
+reads the clock (`synchronize`), keeps the first call apart because it compiles,
+and reports `Timings`: all samples in seconds, with median, p10 and p90.
+`StepTimer` (step_timer.py) times training steps with the same clock.
 """
 
 from __future__ import annotations
 
-import array
 import dataclasses
-import json
-import os
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -100,17 +95,17 @@ class Timings:
     @property
     def median(self) -> float | None:
         """Median in seconds."""
-        return _percentile(self.samples, 50)
+        return percentile(self.samples, 50)
 
     @property
     def p10(self) -> float | None:
         """10th percentile in seconds, linearly interpolated."""
-        return _percentile(self.samples, 10)
+        return percentile(self.samples, 10)
 
     @property
     def p90(self) -> float | None:
         """90th percentile in seconds, linearly interpolated."""
-        return _percentile(self.samples, 90)
+        return percentile(self.samples, 90)
 
     @property
     def spread(self) -> float | None:
@@ -122,7 +117,7 @@ class Timings:
     def __str__(self) -> str:
         if self.error is not None:
             return f"failed: {type(self.error).__name__}: {self.error}"
-        return _in_milliseconds(self.median, self.p10, self.p90, self.count)
+        return in_milliseconds(self.median, self.p10, self.p90, self.count)
 
 
 def time_interleaved(
@@ -168,8 +163,8 @@ def time_interleaved(
                 "Argument `functions` must map names to functions without "
                 f"arguments. Received: functions[{name!r}]={function!r}"
             )
-    _check_whole_number("rounds", rounds, least=1)
-    _check_whole_number("warmup", warmup, least=0)
+    check_whole_number("rounds", rounds, least=1)
+    check_whole_number("warmup", warmup, least=0)
     if budget_seconds is not None and not budget_seconds > 0:
         raise ValueError(
             "Argument `budget_seconds` must be above 0 or None. "
@@ -226,420 +221,21 @@ def _time_once(function: Callable[[], Any], clock: Callable[[], float]) -> float
     return clock() - start
 
 
-@dataclasses.dataclass(frozen=True)
-class StepSummary:
-    """What a `StepTimer` found; `str()` gives one readable line.
-
-    Times are in seconds, and `None` where unknown. An execution is one call of
-    the train function, that is `steps_per_execution` steps.
-
-    Args:
-        backend: Keras backend.
-        count: Number of executions behind the times of the step.
-        left_out: Number of executions that were timed but not counted.
-        step_median_seconds, step_p10_seconds, step_p90_seconds: One step.
-        first_step_seconds: First execution, with tracing and compilation.
-        images_per_second: Median rate.
-        batch_size: Images in a full batch.
-        between_steps_median_seconds: Between two executions of an epoch; not
-            part of the step.
-        step_includes_input: Whether the wait for the input is part of the step
-            (TensorFlow, JAX) or of the time between steps (PyTorch).
-    """
-
-    backend: str
-    count: int
-    left_out: int
-    step_median_seconds: float | None
-    step_p10_seconds: float | None
-    step_p90_seconds: float | None
-    first_step_seconds: float | None
-    images_per_second: float | None
-    batch_size: float | None
-    between_steps_median_seconds: float | None
-    step_includes_input: bool
-
-    def to_json(self) -> str:
-        """A JSON object on one line, with the fields of this class."""
-        return json.dumps(dataclasses.asdict(self), allow_nan=False)
-
-    def __str__(self) -> str:
-        step = (self.step_median_seconds, self.step_p10_seconds, self.step_p90_seconds)
-        parts = [f"step {_in_milliseconds(*step, self.count)}"]
-        if self.images_per_second is not None:
-            parts.append(f"{self.images_per_second:.4g} images/s")
-        if self.first_step_seconds is not None:
-            parts.append(f"first step {self.first_step_seconds:.2f} s")
-        if self.between_steps_median_seconds is not None:
-            between = 1e3 * self.between_steps_median_seconds
-            parts.append(f"between steps {between:.3f} ms")
-        return f"{', '.join(parts)}, {self.left_out} left out ({self.backend})"
-
-
-class StepTimer(keras.callbacks.Callback):
-    """Times the training steps of `fit`.
-
-    A step is the time from `on_train_batch_begin` to `on_train_batch_end`, with
-    the device idle at both ends, divided by the number of steps that ran. So
-    validation, the end of an epoch and other callbacks do not count. Keras
-    fetches the batch inside the step on TensorFlow and JAX, and before it on
-    PyTorch: there the wait for the input is in `between_steps`, together with
-    the other callbacks.
-
-    These executions (calls of the train function) are not counted:
-
-    - the first one, which traces and compiles: see `first_step_seconds`;
-    - those that start within the first `warmup` steps;
-    - the first one of each epoch: the input pipeline starts, and whatever a
-      callback changed is compiled;
-    - the first one with a new number of images, which compiles again.
-
-    One with a smaller batch in it counts for `images_per_second`, but not as a
-    step. The number of images is what Keras itself counts for its mean loss. It
-    also shows how many steps ran at the end of an epoch, which the arguments of
-    the callback do not. Where Keras does not count (a model with its own
-    `train_step`), `batch_size` is used, and the last execution of each epoch is
-    left out because its batch may be smaller.
-
-    Put the timer first in `callbacks`: what those before it do in
-    `on_train_batch_end` would be timed. Like every callback with that method,
-    it makes Keras wait for each step instead of running ahead of the device.
-
-    A timer describes one `fit`; the next one begins anew. What it has measured
-    remains when `fit` raises.
-
-    Example:
-    ```python
-    timer = StepTimer(log_path="steps.jsonl")
-    model.fit(dataset, epochs=3, callbacks=[timer])
-    print(timer.summary())
-    ```
-
-    Args:
-        warmup: Integer, at least 0. Steps at the start that are not counted.
-        log_path: Path or `None`. A JSON object is added per epoch (`"event":
-            "epoch"`) and at the end (`"event": "end"`, all epochs). What is
-            there stays. The file is written under another name and renamed:
-            a crash never leaves half a line. One timer per file.
-        tensorboard_dir: Path or `None`. Scalars `step_timer/...` per epoch, on
-            the TensorFlow backend; the others warn.
-        batch_size: Integer or `None`: images per step over all devices, where
-            Keras does not count them. If neither is known, `images_per_second`
-            is `None`.
-        clock: Function that returns the time in seconds.
-
-    Raises:
-        ValueError: From the constructor, if an argument is out of range or the
-            folder of `log_path` or `tensorboard_dir` cannot be created and
-            written. A failure to write later warns and lets training go on.
-    """
-
-    def __init__(
-        self,
-        warmup: int = 3,
-        log_path: str | os.PathLike | None = None,
-        tensorboard_dir: str | os.PathLike | None = None,
-        batch_size: int | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ):
-        super().__init__()
-        _check_whole_number("warmup", warmup, least=0)
-        if batch_size is not None:
-            _check_whole_number("batch_size", batch_size, least=1)
-        if log_path is not None:
-            # The target of a link is replaced, not the link.
-            log_path = os.path.realpath(log_path)
-            if os.path.isdir(log_path):
-                raise ValueError(
-                    "Argument `log_path` must be a file, not a folder. "
-                    f"Received: log_path={log_path!r}"
-                )
-            _check_folder("log_path", log_path, os.path.dirname(log_path))
-        if tensorboard_dir is not None:
-            tensorboard_dir = os.fspath(tensorboard_dir)
-            _check_folder("tensorboard_dir", tensorboard_dir, tensorboard_dir)
-            if keras.backend.backend() != "tensorflow":
-                warnings.warn(
-                    "TensorBoard scalars need tensorflow: none will be written "
-                    f"with the {keras.backend.backend()} backend. "
-                    f"Received: tensorboard_dir={tensorboard_dir!r}",
-                    stacklevel=2,
-                )
-                tensorboard_dir = None
-        self.warmup = warmup
-        self.log_path = log_path
-        self.tensorboard_dir = tensorboard_dir
-        self.batch_size = batch_size
-        self._clock = clock
-        self._writer = None
-        self._reset()
-
-    @property
-    def timings(self) -> Timings:
-        """Seconds of one step, over all epochs so far."""
-        return Timings(tuple(self._all.steps), self._first_step_seconds)
-
-    @property
-    def between_steps(self) -> Timings:
-        """Seconds between two executions of an epoch, see the class."""
-        return Timings(tuple(self._all.gaps))
-
-    @property
-    def first_step_seconds(self) -> float | None:
-        """Seconds of the first execution, or `None` before it has ended."""
-        return self._first_step_seconds
-
-    @property
-    def images_per_second(self) -> float | None:
-        """Median over executions of images through seconds, or `None`."""
-        return _percentile(self._all.rates, 50)
-
-    def summary(self) -> StepSummary:
-        """What was found so far, over all epochs."""
-        return self._summarize(self._all)
-
-    def on_train_begin(self, logs=None):
-        self._reset()
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._epoch = _Samples()
-        self._waiting = None
-        self._last_end = None
-        self._count_images = _image_counter(self._model)
-        self._images_before = 0.0
-
-    def on_train_batch_begin(self, batch, logs=None):
-        # What other callbacks left running on the device is theirs.
-        synchronize()
-        self._first_batch = batch
-        self._begin = self._clock()
-
-    def on_train_batch_end(self, batch, logs=None):
-        # Keras has read the logs by now, but the weights may still be updated.
-        # `self.model` would make JAX write its state back on every step.
-        synchronize((getattr(self._model, "_jax_state", None), logs))
-        seconds = self._clock() - self._begin
-        if self._first_step_seconds is None:
-            self._first_step_seconds = seconds
-        sample = self._sample(seconds, announced=batch - self._first_batch + 1)
-        self._keep(sample)
-        # Read again: what was done above is not part of the time between.
-        self._last_end = self._clock()
-
-    def on_epoch_end(self, epoch, logs=None):
-        summary = self._summarize(self._epoch)
-        self._log({"event": "epoch", "epoch": epoch, **dataclasses.asdict(summary)})
-        self._write_scalars(epoch, summary)
-
-    def on_train_end(self, logs=None):
-        self._log({"event": "end", **dataclasses.asdict(self.summary())})
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def _reset(self):
-        self._all = _Samples()
-        self._first_step_seconds = None
-        self._steps_before = 0
-        self._shapes_seen = set()
-        self._full_batch = 0.0
-
-    def _sample(self, seconds, announced):
-        """What an execution of `announced` steps, or fewer, tells."""
-        images = self._images_since()
-        shape = (announced, images)
-        is_warm = (
-            self._last_end is not None
-            and self._steps_before >= self.warmup
-            and shape in self._shapes_seen
-        )
-        self._shapes_seen.add(shape)
-        self._steps_before += announced
-        counted = images is not None
-        steps = announced
-        if counted:
-            self._full_batch = max(self._full_batch, images / announced)
-            steps = _full_steps(images, self._full_batch)
-        elif self.batch_size is not None:
-            images = announced * self.batch_size
-        gap = self._begin - self._last_end if self._last_end is not None else None
-        return _Sample(
-            step=seconds / steps if steps else None,
-            rate=images / seconds if images else None,
-            gap=gap,
-            is_warm=is_warm,
-            is_sure=counted,
-        )
-
-    def _images_since(self):
-        if self._count_images is None:
-            return None
-        now = self._count_images()
-        images, self._images_before = now - self._images_before, now
-        return images if images > 0 else None  # Another callback reset it.
-
-    def _keep(self, sample):
-        if not sample.is_sure:
-            # Its batch may be the smaller last one of the epoch: it is kept
-            # when another one has followed.
-            sample, self._waiting = self._waiting, sample
-        for samples in (self._all, self._epoch):
-            samples.executions += 1
-            if sample is not None and sample.is_warm:
-                samples.add(sample)
-
-    def _summarize(self, samples):
-        backend = keras.backend.backend()
-        return StepSummary(
-            backend=backend,
-            count=len(samples.steps),
-            left_out=samples.executions - len(samples.steps),
-            step_median_seconds=_percentile(samples.steps, 50),
-            step_p10_seconds=_percentile(samples.steps, 10),
-            step_p90_seconds=_percentile(samples.steps, 90),
-            first_step_seconds=self._first_step_seconds,
-            images_per_second=_percentile(samples.rates, 50),
-            # Without a counted step, the batches of an execution are unknown.
-            batch_size=(samples.steps and self._full_batch) or self.batch_size,
-            between_steps_median_seconds=_percentile(samples.gaps, 50),
-            step_includes_input=backend in ("tensorflow", "jax"),
-        )
-
-    def _log(self, entry):
-        if self.log_path is None:
-            return
-        try:
-            _append_line(self.log_path, json.dumps(entry, allow_nan=False))
-        except OSError as error:
-            # Hours of training are worth more than a line of its log.
-            warnings.warn(f"`StepTimer` could not write {self.log_path}: {error}", stacklevel=2)
-
-    def _write_scalars(self, epoch, summary):
-        if self.tensorboard_dir is None:
-            return
-        import tensorflow as tf
-
-        if self._writer is None:
-            self._writer = tf.summary.create_file_writer(self.tensorboard_dir)
-        # `tf.summary.scalar` is the same, but needs the tensorboard package.
-        metadata = tf.compat.v1.SummaryMetadata(data_class=1)  # DATA_CLASS_SCALAR
-        metadata.plugin_data.plugin_name = "scalars"
-        with self._writer.as_default(step=epoch):
-            for name, value in dataclasses.asdict(summary).items():
-                if name.endswith(("_seconds", "_per_second")) and value is not None:
-                    value = tf.constant(value, "float32")
-                    tf.summary.write(f"step_timer/{name}", value, metadata=metadata)
-        self._writer.flush()
-
-
-class _Sample(NamedTuple):
-    """One execution; `None` where it does not tell."""
-
-    step: float | None
-    rate: float | None
-    gap: float | None
-    is_warm: bool
-    is_sure: bool
-
-
-class _Samples:
-    """What counts of an epoch or of all; arrays, because trainings are long."""
-
-    def __init__(self):
-        self.executions = 0
-        self.steps = array.array("d")
-        self.rates = array.array("d")
-        self.gaps = array.array("d")
-
-    def add(self, sample: _Sample) -> None:
-        for values, value in (
-            (self.steps, sample.step),
-            (self.rates, sample.rate),
-            (self.gaps, sample.gap),
-        ):
-            if value is not None:
-                values.append(value)
-
-
-def _image_counter(model) -> Callable[[], float] | None:
-    """A function that returns how many images this epoch has had so far.
-
-    It reads the weight of Keras's mean loss. Keras's own `train_step` weighs
-    the loss of a batch with its number of images, on every backend and over all
-    replicas; a model's own may do anything, so `None` is returned for it.
-    """
-    if (
-        not isinstance(model, keras.Model)
-        or type(model).train_step is not keras.Model.train_step
-        or "train_step" in vars(model)
-    ):
-        return None
-    means = [m for m in model.metrics if isinstance(m, keras.metrics.Mean)]
-    count = next((m.count for m in means if m.name == "loss"), None)
-    # Half precision cannot count beyond 2048.
-    if count is None or count.dtype not in ("float32", "float64"):
-        return None
-    index = [variable is count for variable in model.metrics_variables].index(True)
-
-    def read():
-        # Within an epoch JAX keeps the values out of the variables.
-        state = getattr(model, "_jax_state", None)
-        if state:
-            return float(state["metrics_variables"][index])
-        return float(keras.ops.convert_to_numpy(count))
-
-    return read
-
-
-def _full_steps(images: float, full_batch: float) -> int | None:
-    """Steps that make `images` out of full batches, `None` if none do."""
-    steps = round(images / full_batch)
-    return steps if steps and steps * full_batch == images else None
-
-
-def _percentile(samples, percent: float) -> float | None:
+def percentile(samples, percent: float) -> float | None:
     if not len(samples):
         return None
     return float(np.percentile(samples, percent))
 
 
-def _in_milliseconds(median, p10, p90, count) -> str:
+def in_milliseconds(median, p10, p90, count) -> str:
     if not count:
         return "not measured"
     times = f"p10 {1e3 * p10:.3f}, p90 {1e3 * p90:.3f}"
     return f"{1e3 * median:.3f} ms (median of {count}, {times})"
 
 
-def _check_whole_number(name: str, value: Any, least: int) -> None:
+def check_whole_number(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(
             f"Argument `{name}` must be an integer of at least {least}. Received: {name}={value!r}"
         )
-
-
-def _check_folder(name: str, path: str, folder: str) -> None:
-    try:
-        os.makedirs(folder, exist_ok=True)
-        # Permission bits say nothing of quotas, or to root: try it.
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"\n")
-    except OSError as error:
-        raise ValueError(
-            f"Argument `{name}` must lie in a folder that can be written. "
-            f"Received: {name}={path!r} ({error})"
-        ) from error
-
-
-def _append_line(path: str, line: str) -> None:
-    content = b""
-    if os.path.exists(path):
-        with open(path, "rb") as file:
-            content = file.read()
-    if content and not content.endswith(b"\n"):
-        content += b"\n"
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(content + line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

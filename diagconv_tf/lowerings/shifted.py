@@ -45,11 +45,10 @@ class Shifted(Lowering):
             [spec.output_length(axis, size) for axis, size in enumerate(sizes)],
             spec.strides,
         )
-        taps = _taps(spec, _widen(kernel))
         total = None
-        for window, tap in zip(windows, taps, strict=True):
+        for window, tap in zip(windows, _taps(spec, _widen(kernel)), strict=True):
             for channel in range(spec.input_channels_per_group):
-                product = _channel(spec, window, channel) * _channel_tap(spec, tap, channel)
+                product = _channel(spec, window, channel) * tap[channel]
                 total = product if total is None else total + product
         outputs = _merge_groups(spec, total, spec.output_channels)
         return ops.cast(outputs, inputs.dtype)
@@ -68,9 +67,9 @@ class Shifted(Lowering):
         totals = [None] * spec.input_channels_per_group
         for window, tap in zip(windows, taps, strict=True):
             for channel, total in enumerate(totals):
-                product = ops.sum(
-                    window * _channel_tap(spec, tap, channel), axis=axis, keepdims=True
-                )
+                product = window * tap[channel]
+                if spec.output_channels_per_group > 1:
+                    product = ops.sum(product, axis=axis, keepdims=True)
                 totals[channel] = product if total is None else total + product
         gradient = totals[0] if len(totals) == 1 else ops.concatenate(totals, axis=axis)
         gradient = _merge_groups(spec, gradient, spec.input_channels)
@@ -189,14 +188,17 @@ def _channel(spec: ConvSpec, tensor: Any, channel: int) -> Any:
     return tensor[tuple(index)]
 
 
-def _taps(spec: ConvSpec, kernel: Any) -> list[Any]:
-    """The taps row by row, each `(input_channels_per_group, outputs)`."""
-    return [kernel[u, v] for u, v in itertools.product(*map(range, spec.kernel_size))]
+def _taps(spec: ConvSpec, kernel: Any) -> list[list[Any]]:
+    """For every tap, row by row, its weights for each input channel of a group.
 
-
-def _channel_tap(spec: ConvSpec, tap: Any, channel: int) -> Any:
-    """A tap's weights for one input channel, shaped to meet `_per_group`."""
+    They are shaped to meet a tensor that `_per_group` made.
+    """
     shape = [1] * 5
     shape[spec.channel_axis] = spec.groups
     shape[_inner_axis(spec)] = spec.output_channels_per_group
-    return ops.reshape(tap[channel], shape)
+    channels = range(spec.input_channels_per_group)
+    kernel = ops.reshape(kernel, (*spec.kernel_size, len(channels), *shape))
+    return [
+        [kernel[u, v, channel] for channel in channels]
+        for u, v in itertools.product(*map(range, spec.kernel_size))
+    ]

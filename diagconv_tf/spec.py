@@ -106,6 +106,7 @@ class ConvSpec:
         for name, choices in (
             ("padding", ("valid", "same")),
             ("data_format", ("channels_last", "channels_first")),
+            ("compute_dtype", tuple(_DTYPE_BYTES)),
         ):
             value = getattr(self, name)
             if value not in choices:

@@ -33,16 +33,18 @@ class Trilinear(Protocol):
 
 
 class Backend(Protocol):
-    """The functions of a backend module; `spec` may have any `groups`."""
+    """The functions of a backend module.
+
+    `forward`, `input_gradient` and `kernel_gradient` compute every `ConvSpec`
+    in the `preferred_data_format`, with the backend's own ops where it has
+    them; where an op has a gap (TensorFlow's, mostly), the module goes around.
+    """
 
     def default_device(self) -> tuple[str, str]:
         """`(kind, name)` of the device that Keras computes on."""
 
     def preferred_data_format(self, data_format: str) -> str:
         """The layout in which this backend's convolutions run here."""
-
-    def native_why_not(self, spec: ConvSpec, pass_name: str, conditions: Any) -> list[str]:
-        """Why the backend's own op cannot compute this pass; [] if it can."""
 
     def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any: ...
 

@@ -24,10 +24,6 @@ def preferred_data_format(data_format: str) -> str:
     return data_format
 
 
-def native_why_not(spec: ConvSpec, pass_name: str, conditions: Any) -> list[str]:
-    return []
-
-
 def forward(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
     layout = "NHWC" if spec.data_format == "channels_last" else "NCHW"
     return lax.conv_general_dilated(

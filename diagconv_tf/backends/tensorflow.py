@@ -26,10 +26,6 @@ def preferred_data_format(data_format: str) -> str:
     return data_format if default_device()[0] == "gpu" else "channels_last"
 
 
-def native_why_not(spec: ConvSpec, pass_name: str, conditions: Any) -> list[str]:
-    return []
-
-
 def forward(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
     stride = math.gcd(*spec.strides)
     dilated = max(spec.dilation_rate) > 1

@@ -27,10 +27,6 @@ def preferred_data_format(data_format: str) -> str:
     return "channels_first"
 
 
-def native_why_not(spec: ConvSpec, pass_name: str, conditions: Any) -> list[str]:
-    return []
-
-
 def forward(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
     inputs, padding = _pad(spec, inputs)
     return functional.conv2d(

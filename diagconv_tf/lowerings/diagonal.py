@@ -89,13 +89,7 @@ class Diagonal(Lowering):
         return "dense" if self.channels is None else f"diagonal:{self.channels}"
 
     def why_not(self, spec: ConvSpec, pass_name: str, conditions: Conditions) -> list[str]:
-        reasons = []
-        for block in sorted({block.groups for block in self.blocks(spec)}):
-            problem = merged(spec.replace(groups=block), block)
-            for reason in _NATIVE.why_not(problem, pass_name, conditions):
-                if reason not in reasons:
-                    reasons.append(reason)
-        return reasons
+        return []
 
     def blocks(self, spec: ConvSpec) -> list[ConvSpec]:
         """The problems into which `spec` is split along its channels."""
@@ -183,9 +177,6 @@ class DiagonalGrouped(Lowering):
                 f"{self.name} needs groups whose width divides {self.channels}; received "
                 f"{spec.input_channels_per_group} input channels a group"
             )
-        if not reasons:
-            problem = merged(spec, self._block(spec))
-            reasons += _NATIVE.why_not(problem, pass_name, conditions)
         return reasons
 
     def _block(self, spec: ConvSpec) -> int:

@@ -120,13 +120,16 @@ class _LoweredMixin:
             compute_dtype=self.compute_dtype,
         )
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
-        # Keras's own `build` calls this before it makes a variable: an
-        # impossible lowering is refused there, and `build` stays Keras's, so
-        # that a layer's class can be changed before it is built as well.
-        output_shape = super().compute_output_shape(input_shape)
+    def build(self, input_shape: tuple) -> None:
+        # Keras binds `build` to the object when it makes it. If the class has
+        # been changed to stock since, this is stock's to do.
+        if not isinstance(self, _LoweredMixin):
+            type(self).build(self, input_shape)
+            return
+        # Keras's own checks come first; a refusal must leave no variables.
+        self.compute_output_shape(input_shape)
         self._check_lowering(self.spec(tuple(input_shape)))
-        return output_shape
+        super().build(input_shape)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "lowering": self.lowering}

@@ -113,6 +113,14 @@ def predict(layer, x):
     return keras.ops.convert_to_numpy(layer(x))
 
 
+def by_stock(layer, x):
+    """What a stock layer makes of `x`; older Keras cannot do every case."""
+    try:
+        return layer(x)
+    except Exception as error:
+        pytest.skip(f"Keras {keras.__version__}'s own layer fails: {error!s:.200}")
+
+
 def outputs_and_gradients(layer, x, mode):
     """The outputs, and gradients of `sum(cos * outputs)` by inputs and weights."""
     shape = layer.compute_output_shape(x.shape)
@@ -132,6 +140,7 @@ def outputs_and_gradients(layer, x, mode):
 def test_same_outputs_and_gradients(ours, stock, arguments, channels, lowering):
     own, other, x = pair(ours, stock, arguments, channels, lowering)
     mode = MODES[-1]
+    by_stock(other, x)
     for value, wanted in zip(
         outputs_and_gradients(own, x, mode), outputs_and_gradients(other, x, mode), strict=True
     ):
@@ -177,7 +186,8 @@ def test_config_round_trip(ours, stock, arguments, channels):
 @layer_cases
 def test_class_change_there_and_back(ours, stock, arguments, channels):
     own, other, x = pair(ours, stock, arguments, channels)
-    wanted, weights, config = predict(other, x), other.get_weights(), other.get_config()
+    wanted = keras.ops.convert_to_numpy(by_stock(other, x))
+    weights, config = other.get_weights(), other.get_config()
     other.__class__ = ours
     assert other.lowering == "diagonal:32"
     other.lowering = "shifted"
@@ -195,7 +205,7 @@ def test_class_change_before_the_layer_is_built(ours, stock, arguments, channels
     x = images(arguments, channels)
     to_stock = ours(lowering="dense", **arguments)
     to_stock.__class__ = stock
-    to_stock(x)
+    by_stock(to_stock, x)
     assert type(to_stock) is stock
     to_ours = stock(**arguments)
     to_ours.__class__ = ours
@@ -276,7 +286,7 @@ def test_dtype_policies(ours, stock, arguments, channels, policy):
         pytest.skip("JAX computes in float64 only where jax_enable_x64 is set")
     x = images(arguments, channels)
     stock_layer = stock(dtype=policy, **arguments)
-    wanted = stock_layer(x)
+    wanted = by_stock(stock_layer, x)
     for lowering in ("diagonal:4", "shifted", PER_PASS):
         layer = ours(dtype=policy, lowering=lowering, **arguments)
         layer.build(x.shape)

@@ -1,0 +1,1 @@
+"""Training recipes: models, data, configurations and one flat training script."""

@@ -1,0 +1,261 @@
+"""The settings of an experiment, where they are checked, and their flags.
+
+Each field of `Config` is declared once, with its default, its help and its
+limits; the flags of `recipes.train` and all error messages follow from that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import pathlib
+import runpy
+import sys
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from absl import flags
+
+CONFIGS = pathlib.Path(__file__).parent / "configs"
+
+
+def _setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field of `Config`: its default, its help and the values it may have."""
+    limits = {"least": least, "above": above, "below": below, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """An experiment. Every value is checked when it is made.
+
+    `dataclasses.replace(config, epochs=2)` gives a changed copy.
+
+    Raises:
+        ValueError: For a key that is no field (the message lists the near
+            ones) and for a value of the wrong type or outside its limits.
+    """
+
+    name: str = _setting("experiment", "names the folder of the results")
+    model: str = _setting("mobilenet_v1", "the network", choices=("mobilenet_v1", "mobilenet_v2"))
+    stem: str = _setting(
+        "cifar", "strides for small images or for large ones", choices=("cifar", "imagenet")
+    )
+    width_multiplier: float = _setting(1.0, "factor of the number of filters", above=0)
+    dropout: float = _setting(0.0, "rate before the classifier", least=0, below=1)
+    batch_norm_momentum: float = _setting(
+        0.9,
+        "of the moving averages; short trainings need a lower one",
+        least=0,
+        below=1,
+    )
+    lowering: str = _setting(
+        "diagonal:32",
+        "how the depthwise layers compute: 'diagonal:32', 'shifted', …; as JSON one per pass: "
+        '\'{"forward": …, "input_gradient": …, "kernel_gradient": …}\'',
+    )
+    compare: tuple[str, ...] = _setting(
+        (),
+        "lowerings to train one after another from the same start, 'stock' for Keras's own "
+        "layers; empty: stock and --lowering. The last one's model is saved",
+    )
+
+    dataset: str = _setting(
+        "digits", "'digits', 'synthetic', 'folder:DIR' or a name in TensorFlow Datasets"
+    )
+    data_dir: str | None = _setting(None, "where TensorFlow Datasets keeps its data")
+    download: bool = _setting(False, "let TensorFlow Datasets download what is not there")
+    image_size: int = _setting(32, "height and width in pixels", least=32)
+    augmentation: str = _setting(
+        "none",
+        "of training images: 'crop' shifts by up to 1/8 of the size, 'crop_flip' mirrors as well",
+        choices=("none", "crop", "crop_flip"),
+    )
+
+    batch_size: int = _setting(64, "images in a step", least=1)
+    epochs: int = _setting(10, "passes over the training images", least=1)
+    max_steps: int | None = _setting(None, "end after so many steps, for a trial", least=1)
+    learning_rate: float = _setting(
+        0.1, "at the end of the warm-up; from there a cosine to 0", above=0
+    )
+    warmup_fraction: float = _setting(
+        0.1, "of all steps, in which the learning rate rises", least=0, below=1
+    )
+    momentum: float = _setting(0.9, "of SGD, in Nesterov's form", least=0, below=1)
+    weight_decay: float = _setting(
+        0.0, "decoupled, times the learning rate; not on biases and batch norms", least=0
+    )
+    dtype_policy: str = _setting(
+        "float32",
+        "of the layers; in 'float64' the variants stay together for longer",
+        choices=("float32", "float64"),
+    )
+    jit_compile: str = _setting(
+        "auto", "compile with XLA; 'auto' is Keras's choice", choices=("auto", "on", "off")
+    )
+    seed: int = _setting(0, "of initial weights, order of the images, and dropout", least=0)
+
+    output_dir: str = _setting("runs", "folder of all results")
+    overwrite: bool = _setting(False, "replace results of the same name")
+
+    def __new__(cls, **values: Any) -> Config:
+        # Here and not in `__init__`, which is the dataclass's own.
+        check_names(values, (field.name for field in dataclasses.fields(cls)), "config key")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _checked(field, hints[field.name], getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        if "/" in self.name or self.name in ("", ".", ".."):
+            raise ValueError(
+                "Expected config key `name` to be a plain folder name. "
+                f"Received: name={self.name!r}"
+            )
+        repeated = {name for name in self.variants if self.variants.count(name) > 1}
+        if repeated:
+            raise ValueError(
+                f"Expected different lowerings in `compare`. Received: {', '.join(self.variants)}"
+            )
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The lowerings to train, in order; `"stock"` for Keras's own layers."""
+        return self.compare or tuple(dict.fromkeys(("stock", self.lowering)))
+
+    def to_json(self) -> str:
+        """The settings as an indented JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def load_config(name_or_path: str) -> Config:
+    """The `Config` that a file's `get_config()` returns.
+
+    Args:
+        name_or_path: A file in `recipes/configs` without `.py`, or the path of
+            a file.
+
+    Raises:
+        ValueError: If there is no such file (the message lists near names), it
+            has no `get_config`, or a setting in it is wrong.
+    """
+    path = pathlib.Path(name_or_path)
+    if path.suffix != ".py":
+        known = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem != "__init__")
+        check_names([name_or_path], known, "config")
+        path = CONFIGS / f"{name_or_path}.py"
+    if not path.is_file():
+        raise ValueError(f"Expected --config to be an existing file. Received: {name_or_path}")
+    namespace = runpy.run_path(str(path))
+    if "get_config" not in namespace:
+        raise ValueError(f"Expected a function `get_config` in the config. Received: {path}")
+    return namespace["get_config"]()
+
+
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """One flag for each field of `Config`; `None` leaves the config file's value."""
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        kind = _plain_type(hints[field.name])
+        define = {
+            bool: flags.DEFINE_boolean,
+            int: flags.DEFINE_integer,
+            float: flags.DEFINE_float,
+            tuple: flags.DEFINE_list,
+            str: flags.DEFINE_string,
+        }[kind]
+        choices = field.metadata["choices"]
+        help = field.metadata["help"] + (f"; one of {', '.join(choices)}" if choices else "")
+        define(field.name, None, help, flag_values=flag_values)
+
+
+def config_from_flags(config: Config, flag_values: flags.FlagValues = flags.FLAGS) -> Config:
+    """`config` with what was given on the command line in place of its own."""
+    names = (field.name for field in dataclasses.fields(Config))
+    return dataclasses.replace(
+        config, **{name: flag_values[name].value for name in names if flag_values[name].present}
+    )
+
+
+def check_names(received: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raises a ValueError that lists the near names, unless all are known."""
+    known = sorted(known)
+    for name in received:
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            expected = f"{' or '.join(near)}" if near else f"one of {', '.join(known)}"
+            raise ValueError(f"Unknown {what}. Expected: {expected}. Received: {name}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Like absl's own parser, but an error is one line and exit code 2."""
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        exit_with_line(str(error), code=2)
+    if len(rest) > 1:
+        exit_with_line(f"Expected flags only. Received: {' '.join(rest[1:])}", code=2)
+    return rest
+
+
+def exit_with_line(message: str, code: int) -> typing.NoReturn:
+    """Ends the program with `message` on one line of stderr."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
+    """`value` as the field's type; ValueError where it does not fit."""
+    kind = _plain_type(hint)
+    optional = kind is not hint and type(None) in typing.get_args(hint)
+    if value is None and optional:
+        return value
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and isinstance(value, list | tuple):
+        value = tuple(value)
+    least, above = field.metadata["least"], field.metadata["above"]
+    below, choices = field.metadata["below"], field.metadata["choices"]
+    expected = {bool: "a bool", int: "an int", float: "a float", str: "a string"}.get(
+        kind, "a list of strings"
+    )
+    expected += "".join(
+        f"{text} {limit:g}"
+        for text, limit in ((" of at least", least), (" above", above), (" below", below))
+        if limit is not None
+    )
+    if choices:
+        expected = f"one of {', '.join(choices)}"
+    fits = (
+        type(value) is kind
+        and (kind is not tuple or all(isinstance(item, str) and item for item in value))
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (below is None or value < below)
+        and (not choices or value in choices)
+        and (kind is not float or value < float("inf"))
+    )
+    if not fits:
+        raise ValueError(
+            f"Expected config key `{field.name}` to be {expected}. Received: {field.name}={value!r}"
+        )
+    return value
+
+
+def _plain_type(hint: Any) -> type:
+    """`int` for `int | None`, `tuple` for `tuple[str, ...]`."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return typing.get_origin(hint) or hint

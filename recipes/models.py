@@ -1,0 +1,326 @@
+"""MobileNetV1 and MobileNetV2 with a choice of the depthwise layers' lowering.
+
+The ImageNet stem is `keras.applications.MobileNet` and `MobileNetV2` layer by
+layer: same names, paddings, shapes and order of the weights, so that
+`model.set_weights` and `get_weights` interchange with them. The CIFAR stem
+keeps more of a small image: only strides (and the paddings that belong to
+them) differ, hence the weights interchange as well.
+
+Sources: MobileNetV1, Howard et al., arXiv 1704.04861, table 1; MobileNetV2,
+Sandler et al., arXiv 1801.04381, table 2; paddings, batch normalization and
+names, keras.applications; CIFAR strides, github.com/kuangliu/pytorch-cifar,
+`models/mobilenet.py` and `models/mobilenetv2.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import keras
+from keras import layers
+
+from diagconv_tf import DiagonalwiseDepthwiseConv2D
+
+Lowering = str | dict[str, str]
+
+STEMS = ("imagenet", "cifar")
+MINIMUM_SIZE = 32
+
+# (filters, stride) of the 13 separable blocks: table 1 of arXiv 1704.04861.
+_V1_BLOCKS = (
+    (64, 1),
+    (128, 2),
+    (128, 1),
+    (256, 2),
+    (256, 1),
+    (512, 2),
+    (512, 1),
+    (512, 1),
+    (512, 1),
+    (512, 1),
+    (512, 1),
+    (1024, 2),
+    (1024, 1),
+)
+
+# (expansion, filters, repetitions, stride of the first): table 2 of arXiv 1801.04381.
+_V2_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+def mobilenet_v1(
+    input_shape: Sequence[int],
+    classes: int,
+    *,
+    width_multiplier: float = 1.0,
+    stem: str = "imagenet",
+    dropout: float = 1e-3,
+    batch_norm_momentum: float = 0.99,
+    lowering: Lowering | None = None,
+    name: str = "mobilenet_v1",
+) -> keras.Model:
+    """MobileNetV1 (Howard et al., arXiv 1704.04861).
+
+    Args:
+        input_shape: Height, width and channels of one image, in the order of
+            `keras.config.image_data_format()`. Height and width at least 32;
+            any number of channels.
+        classes: Number of classes, at least 1.
+        width_multiplier: Factor of every layer's number of filters, the
+            paper's alpha; filters are rounded down.
+        stem: `"imagenet"`: the first convolution has stride 2, a reduction of
+            32 in total. `"cifar"`: it has stride 1, a reduction of 16, as
+            pytorch-cifar does for 32x32 images.
+        dropout: Rate before the classifier, in [0, 1).
+        batch_norm_momentum: Of the moving averages. The default is that of
+            keras.applications.
+        lowering: `None`: stock `keras.layers.DepthwiseConv2D`. Else
+            `DiagonalwiseDepthwiseConv2D` with this lowering.
+        name: Of the model.
+
+    Returns:
+        An uncompiled functional model, (batch, *input_shape) → (batch, classes)
+        probabilities.
+
+    Raises:
+        ValueError: If an argument is out of range or the lowering is unknown
+            or cannot compute a layer.
+    """
+    _check(input_shape, classes, width_multiplier, stem, dropout)
+    build = _Builder(lowering, batch_norm_momentum)
+    filters = _v1_filters(32, width_multiplier)
+
+    inputs = layers.Input(shape=tuple(input_shape))
+    x = layers.Conv2D(
+        filters,
+        3,
+        strides=2 if stem == "imagenet" else 1,
+        padding="same",
+        use_bias=False,
+        name="conv1",
+    )(inputs)
+    x = build.batch_norm(x, "conv1_bn")
+    x = layers.ReLU(6.0, name="conv1_relu")(x)
+
+    for block, (filters, stride) in enumerate(_V1_BLOCKS, start=1):
+        if stride == 2:
+            # keras.applications pads below and right whether or not the size is even.
+            x = layers.ZeroPadding2D(((0, 1), (0, 1)), name=f"conv_pad_{block}")(x)
+        x = build.depthwise(x, stride, f"conv_dw_{block}")
+        x = build.batch_norm(x, f"conv_dw_{block}_bn")
+        x = layers.ReLU(6.0, name=f"conv_dw_{block}_relu")(x)
+        x = build.pointwise(x, _v1_filters(filters, width_multiplier), f"conv_pw_{block}")
+        x = build.batch_norm(x, f"conv_pw_{block}_bn")
+        x = layers.ReLU(6.0, name=f"conv_pw_{block}_relu")(x)
+
+    x = layers.GlobalAveragePooling2D(keepdims=True, name="global_average_pooling2d")(x)
+    x = layers.Dropout(dropout, name="dropout")(x)
+    x = layers.Conv2D(classes, 1, padding="same", name="conv_preds")(x)
+    x = layers.Reshape((classes,), name="reshape_2")(x)
+    outputs = layers.Activation("softmax", name="predictions")(x)
+    return keras.Model(inputs, outputs, name=name)
+
+
+def mobilenet_v2(
+    input_shape: Sequence[int],
+    classes: int,
+    *,
+    width_multiplier: float = 1.0,
+    stem: str = "imagenet",
+    dropout: float = 0.0,
+    batch_norm_momentum: float = 0.999,
+    lowering: Lowering | None = None,
+    name: str = "mobilenet_v2",
+) -> keras.Model:
+    """MobileNetV2 (Sandler et al., arXiv 1801.04381).
+
+    Args:
+        input_shape: Height, width and channels of one image, in the order of
+            `keras.config.image_data_format()`. Height and width at least 32;
+            any number of channels.
+        classes: Number of classes, at least 1.
+        width_multiplier: Factor of every layer's number of filters, rounded to
+            a multiple of 8. The last convolution keeps 1280 for factors below
+            1, as the paper says.
+        stem: `"imagenet"`: a reduction of 32 in total. `"cifar"`: the first
+            convolution and the first block of 24 filters (`block_1`) have
+            stride 1, a reduction of 8, as pytorch-cifar does for 32x32 images.
+        dropout: Rate before the classifier, in [0, 1); 0 makes no layer, as in
+            keras.applications.
+        batch_norm_momentum: Of the moving averages. The default is that of
+            keras.applications; it needs some thousand steps to settle.
+        lowering: `None`: stock `keras.layers.DepthwiseConv2D`. Else
+            `DiagonalwiseDepthwiseConv2D` with this lowering.
+        name: Of the model.
+
+    Returns:
+        An uncompiled functional model, (batch, *input_shape) → (batch, classes)
+        probabilities.
+
+    Raises:
+        ValueError: If an argument is out of range or the lowering is unknown
+            or cannot compute a layer.
+    """
+    _check(input_shape, classes, width_multiplier, stem, dropout)
+    build = _Builder(lowering, batch_norm_momentum)
+
+    inputs = layers.Input(shape=tuple(input_shape))
+    x = layers.Conv2D(
+        _make_divisible(32 * width_multiplier),
+        3,
+        strides=2 if stem == "imagenet" else 1,
+        padding="same",
+        use_bias=False,
+        name="Conv1",
+    )(inputs)
+    x = build.batch_norm(x, "bn_Conv1")
+    x = layers.ReLU(6.0, name="Conv1_relu")(x)
+
+    for block, (expansion, filters, stride) in enumerate(_v2_blocks(stem)):
+        filters = _make_divisible(int(filters * width_multiplier))
+        prefix = f"block_{block}_" if block else "expanded_conv_"
+        x = _inverted_residual(build, x, expansion, filters, stride, prefix)
+
+    x = layers.Conv2D(
+        _make_divisible(1280 * max(1.0, width_multiplier)), 1, use_bias=False, name="Conv_1"
+    )(x)
+    x = build.batch_norm(x, "Conv_1_bn")
+    x = layers.ReLU(6.0, name="out_relu")(x)
+    x = layers.GlobalAveragePooling2D(name="global_average_pooling2d")(x)
+    if dropout:
+        x = layers.Dropout(dropout, name="dropout")(x)
+    outputs = layers.Dense(classes, activation="softmax", name="predictions")(x)
+    return keras.Model(inputs, outputs, name=name)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """The layers in which both networks and all variants agree."""
+
+    lowering: Lowering | None
+    batch_norm_momentum: float
+
+    def depthwise(self, x, stride: int, name: str):
+        arguments = {
+            "kernel_size": 3,
+            "strides": stride,
+            "padding": "same" if stride == 1 else "valid",
+            "use_bias": False,
+            "name": name,
+        }
+        if self.lowering is None:
+            return layers.DepthwiseConv2D(**arguments)(x)
+        return DiagonalwiseDepthwiseConv2D(**arguments, lowering=self.lowering)(x)
+
+    def pointwise(self, x, filters: int, name: str):
+        return layers.Conv2D(filters, 1, padding="same", use_bias=False, name=name)(x)
+
+    def batch_norm(self, x, name: str):
+        return layers.BatchNormalization(
+            axis=_channel_axis(), epsilon=1e-3, momentum=self.batch_norm_momentum, name=name
+        )(x)
+
+
+def _inverted_residual(
+    build: _Builder, inputs, expansion: int, filters: int, stride: int, prefix: str
+):
+    in_channels = inputs.shape[_channel_axis()]
+    x = inputs
+    if expansion > 1:
+        x = build.pointwise(x, expansion * in_channels, f"{prefix}expand")
+        x = build.batch_norm(x, f"{prefix}expand_BN")
+        x = layers.ReLU(6.0, name=f"{prefix}expand_relu")(x)
+    if stride == 2:
+        x = layers.ZeroPadding2D(_padding_for_stride_2(x), name=f"{prefix}pad")(x)
+    x = build.depthwise(x, stride, f"{prefix}depthwise")
+    x = build.batch_norm(x, f"{prefix}depthwise_BN")
+    x = layers.ReLU(6.0, name=f"{prefix}depthwise_relu")(x)
+    x = build.pointwise(x, filters, f"{prefix}project")
+    x = build.batch_norm(x, f"{prefix}project_BN")
+    if stride == 1 and in_channels == filters:
+        return layers.Add(name=f"{prefix}add")([inputs, x])
+    return x
+
+
+def _v1_filters(filters: int, width_multiplier: float) -> int:
+    """Rounded down, as in keras.applications; a width that leaves none is refused."""
+    rounded = int(filters * width_multiplier)
+    if rounded < 1:
+        raise ValueError(
+            "Expected a `width_multiplier` that leaves at least one of the "
+            f"{filters} filters. Received: width_multiplier={width_multiplier}"
+        )
+    return rounded
+
+
+def _v2_blocks(stem: str) -> list[tuple[int, int, int]]:
+    """(expansion, filters, stride) of the 17 blocks."""
+    blocks = []
+    for expansion, filters, repetitions, stride in _V2_STAGES:
+        if stem == "cifar" and filters == 24:
+            stride = 1
+        blocks += [(expansion, filters, stride)]
+        blocks += [(expansion, filters, 1)] * (repetitions - 1)
+    return blocks
+
+
+def _make_divisible(value: float, divisor: int = 8) -> int:
+    """`value` to the nearest multiple of `divisor`, but not more than 10 % below.
+
+    Source: the authors' repository, github.com/tensorflow/models,
+    `research/slim/nets/mobilenet/mobilenet.py`.
+    """
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded if rounded >= 0.9 * value else rounded + divisor
+
+
+def _padding_for_stride_2(x) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(before, after) of height and width, so that a 3x3 'valid' convolution
+    with stride 2 halves the size, rounded up.
+    """
+    height, width = x.shape[2:] if _channel_axis() == 1 else x.shape[1:3]
+    return (height % 2, 1), (width % 2, 1)
+
+
+def _channel_axis() -> int:
+    return 1 if keras.config.image_data_format() == "channels_first" else -1
+
+
+def _check(
+    input_shape: Sequence[int], classes: int, width_multiplier: float, stem: str, dropout: float
+) -> None:
+    data_format = keras.config.image_data_format()
+    order = "(channels, height, width)" if _channel_axis() == 1 else "(height, width, channels)"
+    shape = tuple(input_shape)
+    size = shape[1:] if _channel_axis() == 1 else shape[:2]
+    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(
+            f"Expected `input_shape` to be three positive integers {order}. "
+            f"Received: input_shape={shape}"
+        )
+    if min(size) < MINIMUM_SIZE:
+        raise ValueError(
+            f"Expected height and width of at least {MINIMUM_SIZE} in `input_shape` "
+            f"{order} ({data_format}). Received: input_shape={shape}"
+        )
+    if not isinstance(classes, int) or classes < 1:
+        raise ValueError(
+            f"Expected `classes` to be a positive integer. Received: classes={classes!r}"
+        )
+    if not width_multiplier > 0:
+        raise ValueError(
+            "Expected `width_multiplier` to be positive. "
+            f"Received: width_multiplier={width_multiplier!r}"
+        )
+    if stem not in STEMS:
+        raise ValueError(f"Expected `stem` to be one of {STEMS}. Received: stem={stem!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"Expected `dropout` in [0, 1). Received: dropout={dropout!r}")

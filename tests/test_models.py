@@ -1,0 +1,193 @@
+"""MobileNetV1 and V2 are those of keras.applications, whatever computes them."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+
+from diagconv_tf import DiagonalwiseDepthwiseConv2D
+from recipes import models
+
+CLASSES = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network of ours and of keras.applications with the same settings."""
+
+    name: str
+    height: int
+    width: int
+    width_multiplier: float
+
+    @property
+    def shape(self):
+        return (self.height, self.width, 3)
+
+    def ours(self, **arguments):
+        build = getattr(models, self.name)
+        return build(self.shape, CLASSES, width_multiplier=self.width_multiplier, **arguments)
+
+    def theirs(self):
+        build = {
+            "mobilenet_v1": keras.applications.MobileNet,
+            "mobilenet_v2": keras.applications.MobileNetV2,
+        }[self.name]
+        return build(
+            input_shape=self.shape, alpha=self.width_multiplier, weights=None, classes=CLASSES
+        )
+
+
+CASES = (
+    Case("mobilenet_v1", 64, 64, 0.25),
+    Case("mobilenet_v1", 33, 40, 0.5),  # Odd sizes: the paddings differ between the two.
+    Case("mobilenet_v2", 64, 64, 0.35),
+    Case("mobilenet_v2", 33, 47, 1.4),  # Above 1 the last convolution grows as well.
+)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def pair(request):
+    """(case, ours, theirs) with the same weights, none of them trivial."""
+    case = request.param
+    ours, theirs = case.ours(), case.theirs()
+    rng = np.random.default_rng(0)
+    # All vectors: biases, and scale, offset, mean and variance of the batch norms.
+    theirs.set_weights(
+        [rng.uniform(0.5, 1.5, w.shape) if w.ndim == 1 else w for w in theirs.get_weights()]
+    )
+    ours.set_weights(theirs.get_weights())
+    return case, ours, theirs
+
+
+def describe(layer):
+    """What must be equal, layer by layer. Automatic names are counted up."""
+    config = layer.get_config()
+    keys = ("strides", "padding", "filters", "use_bias", "momentum", "epsilon", "rate")
+    automatic = isinstance(layer, keras.layers.InputLayer | keras.layers.GlobalAveragePooling2D)
+    return (
+        type(layer).__name__,
+        None if automatic else layer.name,
+        tuple(layer.output.shape),
+        [tuple(weight.shape) for weight in layer.weights],
+        {key: config[key] for key in keys if key in config},
+    )
+
+
+def predict(model, images):
+    return keras.ops.convert_to_numpy(model(images, training=False))
+
+
+def images_for(case, count=2):
+    return np.random.default_rng(1).uniform(-1, 1, (count, *case.shape)).astype("float32")
+
+
+def test_layers_equal_keras_applications(pair):
+    _, ours, theirs = pair
+    assert [describe(layer) for layer in ours.layers] == [
+        describe(layer) for layer in theirs.layers
+    ]
+    assert ours.count_params() == theirs.count_params()
+
+
+def test_outputs_equal_keras_applications(pair):
+    case, ours, theirs = pair
+    images = images_for(case)
+    expected = predict(theirs, images)
+    assert np.ptp(expected) > 1e-3  # Else anything would pass.
+    np.testing.assert_allclose(predict(ours, images), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
+def test_diagonalwise_has_stock_weights_and_outputs(case):
+    stock = case.ours(stem="cifar", dropout=0.1)
+    ours = case.ours(stem="cifar", dropout=0.1, lowering="diagonal:32")
+    depthwise = [x for x in ours.layers if isinstance(x, keras.layers.DepthwiseConv2D)]
+    assert len(depthwise) == {"mobilenet_v1": 13, "mobilenet_v2": 17}[case.name]
+    assert all(isinstance(x, DiagonalwiseDepthwiseConv2D) for x in depthwise)
+    assert {x.lowering for x in depthwise} == {"diagonal:32"}
+    assert not any(isinstance(x, DiagonalwiseDepthwiseConv2D) for x in stock.layers)
+
+    assert [w.path for w in ours.weights] == [w.path for w in stock.weights]
+    ours.set_weights(stock.get_weights())
+    images = images_for(case)
+    np.testing.assert_allclose(predict(ours, images), predict(stock, images), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "without_stride", "last_size"),
+    [
+        ("mobilenet_v1", {"conv1"}, 2),
+        ("mobilenet_v2", {"Conv1", "block_1_depthwise"}, 4),
+    ],
+)
+def test_cifar_stem_changes_only_strides(name, without_stride, last_size):
+    build = getattr(models, name)
+    imagenet, cifar = (
+        build((32, 32, 3), 10, width_multiplier=0.35, stem=stem) for stem in models.STEMS
+    )
+
+    def strided(model):
+        return {x.name for x in model.layers if getattr(x, "strides", None) == (2, 2)}
+
+    assert strided(imagenet) - strided(cifar) == without_stride
+    assert strided(cifar) < strided(imagenet)
+    shapes = [[tuple(w.shape) for w in model.get_weights()] for model in (imagenet, cifar)]
+    assert shapes[0] == shapes[1]
+    last = [x for x in cifar.layers if isinstance(x, keras.layers.ReLU)][-1]
+    assert tuple(last.output.shape[1:3]) == (last_size, last_size)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
+def test_channels_first_has_the_same_weights_and_sizes(name):
+    build = getattr(models, name)
+    last = build((32, 71, 4), 3, width_multiplier=0.25)
+    keras.config.set_image_data_format("channels_first")
+    try:
+        first = build((4, 32, 71), 3, width_multiplier=0.25)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    assert [tuple(w.shape) for w in first.weights] == [tuple(w.shape) for w in last.weights]
+
+    def sizes(model, axes):
+        shapes = [x.output.shape for x in model.layers if isinstance(x, keras.layers.ReLU)]
+        return [tuple(shape[axis] for axis in axes) for shape in shapes]
+
+    assert sizes(first, (2, 3, 1)) == sizes(last, (1, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"input_shape": (31, 32, 3)}, r"at least 32.*\(31, 32, 3\)"),
+        ({"input_shape": (32, 31, 3)}, r"at least 32.*\(32, 31, 3\)"),
+        ({"input_shape": (32, 32)}, r"three positive integers.*\(32, 32\)"),
+        ({"input_shape": (None, 32, 3)}, r"three positive integers.*None"),
+        ({"classes": 0}, "classes=0"),
+        ({"stem": "resnet"}, "'imagenet', 'cifar'.*'resnet'"),
+        ({"width_multiplier": 0}, "width_multiplier=0"),
+        ({"dropout": 1.0}, r"\[0, 1\).*dropout=1.0"),
+        ({"lowering": "diagonale:32"}, "diagonale:32"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(name, changed, message):
+    arguments = {"input_shape": (32, 32, 3), "classes": 2, **changed}
+    with pytest.raises(ValueError, match=message) as error:
+        getattr(models, name)(**arguments)
+    assert "Received" in str(error.value)
+
+
+def test_a_width_without_filters_is_refused():
+    with pytest.raises(ValueError, match=r"at least one of the 32 filters.*0\.01"):
+        models.mobilenet_v1((32, 32, 3), 2, width_multiplier=0.01)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(1, 8), (8, 8), (11.2, 16), (11.9, 16), (12, 16), (33.6, 32), (22.4, 24), (1792.0, 1792)],
+)
+def test_filters_are_rounded_to_multiples_of_8(value, expected):
+    assert models._make_divisible(value) == expected

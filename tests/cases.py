@@ -57,7 +57,6 @@ NAMED = {
 #: channels; blocks of 3 do not fit groups of 2.
 LOWERINGS = {
     "native": "native",
-    "diagonal:1": "diagonal:1",
     "diagonal:4": "diagonal:4",
     "diagonal": "diagonal",
     "dense": "dense",
@@ -74,11 +73,6 @@ LOWERINGS = {
         "kernel_gradient": "shifted",
     },
     "per pass c": {
-        "forward": "native",
-        "input_gradient": "diagonal_grouped:3",
-        "kernel_gradient": "diagonal:4",
-    },
-    "per pass d": {
         "forward": "dense",
         "input_gradient": "shifted",
         "kernel_gradient": "diagonal_grouped:3",

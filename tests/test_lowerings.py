@@ -26,16 +26,23 @@ THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 
 # Configurations to draw: as many as the time for tests allows on 2 cores.
 EXAMPLES = {
-    ("tensorflow", "eager"): 500,
-    ("tensorflow", "graph"): 100,
-    ("tensorflow", "xla"): 60,
-    ("jax", "eager"): 15,
-    ("jax", "compiled"): 150,
-    ("torch", "eager"): 1000,
+    ("tensorflow", "eager"): 400,
+    ("tensorflow", "graph"): 80,
+    ("tensorflow", "xla"): 40,
+    ("jax", "eager"): 8,
+    ("jax", "compiled"): 80,
+    ("torch", "eager"): 800,
+}
+
+# JAX compiles every case apart: there one of each kind must do.
+CHOICES = {
+    name: lowering
+    for name, lowering in cases.LOWERINGS.items()
+    if BACKEND != "jax" or name in ("diagonal:4", "shifted", "per pass a")
 }
 
 
-@pytest.mark.parametrize("lowering", cases.LOWERINGS.values(), ids=cases.LOWERINGS)
+@pytest.mark.parametrize("lowering", CHOICES.values(), ids=CHOICES)
 @pytest.mark.parametrize("spec", cases.NAMED.values(), ids=cases.NAMED)
 def test_named_cases_equal_the_reference_in_float64(spec, lowering):
     if why_not(spec, lowering):
@@ -85,7 +92,7 @@ SECOND_ORDER = {
 }
 
 
-@pytest.mark.parametrize("lowering", cases.LOWERINGS.values(), ids=cases.LOWERINGS)
+@pytest.mark.parametrize("lowering", CHOICES.values(), ids=CHOICES)
 @pytest.mark.parametrize("spec", SECOND_ORDER.values(), ids=SECOND_ORDER)
 def test_second_derivatives_equal_those_of_the_native_op(spec, lowering):
     if why_not(spec, lowering):

@@ -133,9 +133,7 @@ def outputs_and_gradients(layer, x, mode):
     return vector_jacobian(call, [x, *(v.value for v in variables)], g, mode)
 
 
-@pytest.mark.parametrize(
-    "lowering", ["diagonal:4", "native", "dense", "shifted", PER_PASS], ids=str
-)
+@pytest.mark.parametrize("lowering", ["diagonal:4", "shifted", PER_PASS], ids=str)
 @layer_cases
 def test_same_outputs_and_gradients(ours, stock, arguments, channels, lowering):
     own, other, x = pair(ours, stock, arguments, channels, lowering)
@@ -244,7 +242,7 @@ def test_composite_layer_without_an_output_shape(ours, stock, arguments, channel
     assert symbolic.shape == stock(**arguments).compute_output_shape((None, *shape))
 
 
-@pytest.mark.parametrize("lowering", ["diagonal:4", "shifted", PER_PASS], ids=str)
+@pytest.mark.parametrize("lowering", ["diagonal:4", PER_PASS], ids=str)
 @layer_cases
 def test_keras_file(ours, stock, arguments, channels, lowering, tmp_path):
     x = images(arguments, channels)

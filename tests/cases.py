@@ -49,6 +49,7 @@ NAMED = {
         data_format="channels_first", groups=3, input_channels_per_group=2
     ),
     "batch of 1": _BASE.replace(batch=1),
+    "one image to one output": _BASE.replace(batch=1, groups=1, input_channels_per_group=2),
     "one pixel": _BASE.replace(height=1, width=1, padding="same"),
     "one pixel out": _BASE.replace(height=3, width=3),
 }

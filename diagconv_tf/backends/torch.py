@@ -132,9 +132,13 @@ def _window_arguments(spec: ConvSpec) -> dict[str, Any]:
 
 def _to_oihw(kernel: Any, like: Any) -> Any:
     kernel = kernel.permute(3, 2, 0, 1)
-    if like.is_contiguous(memory_format=torch.channels_last):
+    # With one output channel both memory formats fit the permuted kernel, and
+    # PyTorch 2.13 then refuses the kernel gradient of a single image on a CPU:
+    # "slow_conv2d: grad_weight must be contiguous".
+    one_output = kernel.shape[0] == 1
+    if like.is_contiguous(memory_format=torch.channels_last) and not one_output:
         return kernel.contiguous(memory_format=torch.channels_last)
-    return kernel
+    return kernel.contiguous()
 
 
 def _pad(spec: ConvSpec, inputs: Any) -> tuple[Any, tuple[int, int]]:

@@ -4,23 +4,37 @@ Without changing what they compute: the layers here are Keras's own, with a
 choice of the exact way, the *lowering*, in which their convolutions run.
 """
 
+from diagconv_tf.inspection import Inspection, inspect_model
 from diagconv_tf.layers import (
     DiagonalwiseConv2D,
     DiagonalwiseDepthwiseConv2D,
     DiagonalwiseSeparableConv2D,
 )
 from diagconv_tf.lowerings import why_not
+from diagconv_tf.plan import Plan
+from diagconv_tf.rewriting import restore, rewrite
+from diagconv_tf.rules import DEFAULT_RULES, Rule
 from diagconv_tf.spec import Conditions, ConvSpec
 from diagconv_tf.step_timer import StepTimer
+from diagconv_tf.weight_files import load_weights, save_weights
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_RULES",
     "Conditions",
     "ConvSpec",
     "DiagonalwiseConv2D",
     "DiagonalwiseDepthwiseConv2D",
     "DiagonalwiseSeparableConv2D",
+    "Inspection",
+    "Plan",
+    "Rule",
     "StepTimer",
+    "inspect_model",
+    "load_weights",
+    "restore",
+    "rewrite",
+    "save_weights",
     "why_not",
 ]

@@ -53,7 +53,56 @@ _ARGUMENT_DOC = """
     """
 
 
-class _LoweredMixin:
+def layer_spec(layer: keras.layers.Layer, input_shape: tuple) -> ConvSpec:
+    """The convolution of a layer, stock or ours, as a problem.
+
+    Args:
+        layer: a `DepthwiseConv2D`, a `Conv2D`, or a `SeparableConv2D`, of
+            which the depthwise half is meant.
+        input_shape: four sizes in the layer's `data_format`; batch, height
+            and width may be None.
+
+    Raises:
+        ValueError: if the input is too small for the kernel, or the groups
+            do not fit the channels.
+    """
+    sizes = [size if isinstance(size, int) else None for size in input_shape]
+    if len(sizes) != 4:
+        raise ValueError(
+            f"Expected inputs of 4 dimensions ({layer.data_format}) for layer "
+            f"'{layer.name}'. Received: input_shape={tuple(input_shape)}"
+        )
+    batch, *image = sizes
+    if layer.data_format == "channels_last":
+        height, width, channels = image
+    else:
+        channels, height, width = image
+    if isinstance(layer, keras.layers.Conv2D):
+        groups, multiplier = layer.groups, layer.filters // layer.groups
+        if channels % groups:
+            raise ValueError(
+                f"Expected a number of input channels that groups={groups} divides, for "
+                f"layer '{layer.name}'. Received: {channels} input channels"
+            )
+    else:
+        groups, multiplier = channels, layer.depth_multiplier
+    return ConvSpec(
+        batch=batch,
+        height=height,
+        width=width,
+        groups=groups,
+        input_channels_per_group=channels // groups,
+        output_channels_per_group=multiplier,
+        kernel_size=layer.kernel_size,
+        strides=layer.strides,
+        dilation_rate=layer.dilation_rate,
+        padding=layer.padding,
+        data_format=layer.data_format,
+        compute_dtype=layer.compute_dtype,
+    )
+
+
+class LoweredLayer:
     """The `lowering` of a layer: argument, attribute, config and check."""
 
     # Stands here too, so that a stock layer whose class is changed has one.
@@ -93,37 +142,12 @@ class _LoweredMixin:
             ValueError: if the input is too small for the kernel, or the
                 groups do not fit the channels.
         """
-        sizes = [size if isinstance(size, int) else None for size in input_shape]
-        if len(sizes) != 4:
-            raise ValueError(
-                f"Expected inputs of 4 dimensions ({self.data_format}) for layer "
-                f"'{self.name}'. Received: input_shape={tuple(input_shape)}"
-            )
-        batch, *image = sizes
-        if self.data_format == "channels_last":
-            height, width, channels = image
-        else:
-            channels, height, width = image
-        groups, multiplier = self._groups_and_multiplier(channels)
-        return ConvSpec(
-            batch=batch,
-            height=height,
-            width=width,
-            groups=groups,
-            input_channels_per_group=channels // groups,
-            output_channels_per_group=multiplier,
-            kernel_size=self.kernel_size,
-            strides=self.strides,
-            dilation_rate=self.dilation_rate,
-            padding=self.padding,
-            data_format=self.data_format,
-            compute_dtype=self.compute_dtype,
-        )
+        return layer_spec(self, input_shape)
 
     def build(self, input_shape: tuple) -> None:
         # Keras binds `build` to the object when it makes it. If the class has
         # been changed to stock since, this is stock's to do.
-        if not isinstance(self, _LoweredMixin):
+        if not isinstance(self, LoweredLayer):
             type(self).build(self, input_shape)
             return
         # Keras's own checks come first; a refusal must leave no variables.
@@ -133,9 +157,6 @@ class _LoweredMixin:
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "lowering": self.lowering}
-
-    def _groups_and_multiplier(self, channels: int) -> tuple[int, int]:
-        return channels, self.depth_multiplier
 
     def _check_lowering(self, spec: ConvSpec) -> None:
         reasons = why_not(spec, self._lowering)
@@ -175,7 +196,7 @@ def _signature_with_lowering(stock: type) -> inspect.Signature:
 
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
-class DiagonalwiseDepthwiseConv2D(_LoweredMixin, keras.layers.DepthwiseConv2D):
+class DiagonalwiseDepthwiseConv2D(LoweredLayer, keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D` with a choice of how it computes."""
 
     def call(self, inputs: Any) -> Any:
@@ -183,7 +204,7 @@ class DiagonalwiseDepthwiseConv2D(_LoweredMixin, keras.layers.DepthwiseConv2D):
 
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
-class DiagonalwiseSeparableConv2D(_LoweredMixin, keras.layers.SeparableConv2D):
+class DiagonalwiseSeparableConv2D(LoweredLayer, keras.layers.SeparableConv2D):
     """`keras.layers.SeparableConv2D` with a choice of how its depthwise half
     computes.
     """
@@ -196,18 +217,10 @@ class DiagonalwiseSeparableConv2D(_LoweredMixin, keras.layers.SeparableConv2D):
 
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
-class DiagonalwiseConv2D(_LoweredMixin, keras.layers.Conv2D):
+class DiagonalwiseConv2D(LoweredLayer, keras.layers.Conv2D):
     """`keras.layers.Conv2D`, meant for `groups` > 1, with a choice of how it
     computes.
     """
 
     def convolution_op(self, inputs: Any, kernel: Any) -> Any:
         return self._convolve(inputs, kernel)
-
-    def _groups_and_multiplier(self, channels: int) -> tuple[int, int]:
-        if channels % self.groups:
-            raise ValueError(
-                f"Expected a number of input channels that groups={self.groups} divides, for "
-                f"layer '{self.name}'. Received: {channels} input channels"
-            )
-        return self.groups, self.filters // self.groups

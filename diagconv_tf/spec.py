@@ -291,3 +291,21 @@ class Conditions:
                 for package in ("keras", *packages[backend])
             ),
         )
+
+    def differences(self, other: Conditions) -> list[str]:
+        """What differs in `other`, in words; `compiled` only where both know it."""
+        found = []
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine == theirs or (field.name == "compiled" and None in (mine, theirs)):
+                continue
+            if field.name == "versions":
+                ours, others = dict(mine), dict(theirs)
+                found += [
+                    f"{package} {ours.get(package)} → {others.get(package)}"
+                    for package in {**ours, **others}
+                    if ours.get(package) != others.get(package)
+                ]
+            else:
+                found.append(f"{field.name} {mine} → {theirs}")
+        return found

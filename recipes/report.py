@@ -23,7 +23,6 @@ import os
 import pathlib
 import platform
 import shutil
-from collections.abc import Callable
 from typing import Any, TextIO
 
 import keras
@@ -34,6 +33,7 @@ import rich.table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from diagconv_tf import files
 from diagconv_tf.step_timer import StepSummary
 from recipes.config import Config
 
@@ -106,8 +106,8 @@ class RunReport:
     def write(self) -> None:
         """Writes `report.json` and `curves.png`."""
         content = {"environment": self.environment, "variants": self.rows()}
-        write_text(self.folder / "report.json", json.dumps(content, indent=2))
-        write_aside(self.folder / "curves.png", self.draw)
+        files.write_text(self.folder / "report.json", json.dumps(content, indent=2))
+        files.write_aside(self.folder / "curves.png", self.draw)
 
     def print(self, console: rich.console.Console | None = None) -> None:
         """Prints the table. Where the output is no terminal it is not cut off."""
@@ -369,36 +369,13 @@ def new_run_folder(config: Config) -> pathlib.Path:
                 break
             except FileExistsError:
                 folder = root / f"{config.name}-{number}"
-        write_text(folder / "config.json", config.to_json())
+        files.write_text(folder / "config.json", config.to_json())
     except OSError as error:
         raise ValueError(
             "Expected `output_dir` to be a folder that can be made and written. "
             f"Received: output_dir={config.output_dir} ({error})"
         ) from error
     return folder
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text file under another name and renames it."""
-    write_aside(path, lambda aside: pathlib.Path(aside).write_text(text + "\n"))
-
-
-def write_aside(path: pathlib.Path, write: Callable[[str], Any]) -> None:
-    """Lets `write(another_path)` make a file or folder, and renames it to `path`.
-
-    The other name is in the same folder and has the same suffix; nothing is
-    left of it when `write` raises.
-    """
-    aside = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(str(aside))
-        os.replace(aside, path)
-    except BaseException:
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink(missing_ok=True)
-        raise
 
 
 def _moving_mean(steps: np.ndarray, values, window: int) -> tuple[np.ndarray, np.ndarray]:

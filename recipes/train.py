@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import keras
 from absl import app, flags, logging
 
-from diagconv_tf import StepTimer
+from diagconv_tf import StepTimer, files
 from recipes import config as config_module
 from recipes import data, models
 from recipes.config import (
@@ -36,7 +36,6 @@ from recipes.report import (
     VariantResult,
     environment,
     new_run_folder,
-    write_aside,
 )
 
 CONFIG = flags.DEFINE_string(
@@ -140,13 +139,15 @@ def run_recipe(config: Config, *, verbose: int = 1) -> RunReport:
     report.write()
 
     # Export: the last variant as it was trained, and in stock layers.
-    write_aside(folder / "model.keras", model.save)
+    files.write_aside(folder / "model.keras", model.save)
     if on_tensorflow:
         stock = build_model(config, images, "stock")
         stock.set_weights(model.get_weights())
         # TensorFlow tells every step of it through absl.
         with quiet_logging():
-            write_aside(folder / "saved_model", lambda path: stock.export(path, verbose=False))
+            files.write_aside(
+                folder / "saved_model", lambda path: stock.export(path, verbose=False)
+            )
     return report
 
 

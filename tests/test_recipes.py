@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from diagconv_tf import DiagonalwiseDepthwiseConv2D
+from diagconv_tf import DiagonalwiseDepthwiseConv2D, files
 from recipes import config as config_module
 from recipes import data, report, train
 from recipes.config import Config, load_config
@@ -422,14 +422,14 @@ def test_only_results_are_overwritten(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
-    report.write_text(path, "old")
+    files.write_text(path, "old")
 
     def fail(aside):
         pathlib.Path(aside).write_text("ne")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        report.write_aside(path, fail)
+        files.write_aside(path, fail)
     assert path.read_text() == "old\n"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 

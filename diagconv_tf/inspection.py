@@ -1,0 +1,394 @@
+"""inspect_model: which layers qualify, what they cost, and why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+from rich.console import Console
+from rich.table import Table
+
+from diagconv_tf import costs, tracing
+from diagconv_tf.layers import LoweredLayer, layer_spec
+from diagconv_tf.model_tree import PlacedLayer, check_built, place_layers
+from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
+from diagconv_tf.spec import ConvSpec
+
+#: `ConvolutionRow.lowering` of a layer that is Keras's own.
+STOCK = "stock"
+
+_DEPTHWISE = (
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
+_GROUPED = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+_HANDLED = (
+    keras.layers.Conv2D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv2D,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvolutionRow:
+    """What is known of one convolution with groups.
+
+    Attributes:
+        path: the layer's path: names of the layers that hold it and its own,
+            joined by `/`, the model's left out.
+        other_paths: further paths, where the layer is shared.
+        class_name: name of the layer's class.
+        specs: the problem at each call of the layer, in order; for separable
+            layers, of the depthwise half. Empty where it is not known.
+        flops: floating-point operations of one pass, over all calls; the three
+            passes do equally many. None where a size is not known.
+        least_bytes: fewest bytes one pass must move, over all calls; None
+            where a size is not known.
+        flops_share: share of the model's forward FLOPs (its convolutions and
+            dense layers), 0 to 1; None where a size is not known.
+        parameters: number of the layer's weights.
+        lowering: `"stock"`, or the layer's `lowering`.
+        reasons: why the layer cannot be rewritten; empty means it can.
+        survives_saving: whether a `.keras` file holds the layer itself.
+            Otherwise what holds it (a composite layer or a model with its own
+            config) makes a stock layer when the file is loaded.
+        layer: the layer.
+    """
+
+    path: str
+    other_paths: tuple[str, ...]
+    class_name: str
+    specs: tuple[ConvSpec, ...]
+    flops: int | None
+    least_bytes: int | None
+    flops_share: float | None
+    parameters: int
+    lowering: str | dict[str, str]
+    reasons: tuple[str, ...]
+    survives_saving: bool
+    layer: keras.layers.Layer = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def eligible(self) -> bool:
+        """Whether the layer can be rewritten."""
+        return not self.reasons
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path, *self.other_paths)
+
+    @property
+    def main_spec(self) -> ConvSpec | None:
+        """The problem of the call with the most FLOPs."""
+        return max(self.specs, key=lambda spec: spec.flops() or 0, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but `layer`, in JSON's types."""
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "layer"
+        }
+        fields["specs"] = [dataclasses.asdict(spec) for spec in self.specs]
+        return {**fields, "eligible": self.eligible}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """The convolutions with groups of a model.
+
+    Attributes:
+        model_name: the model's name.
+        batch_size: images in a batch; None means that figures are for one
+            image.
+        rows: one per convolution with groups, in the model's order.
+        total_flops: FLOPs of one forward pass of the model's convolutions and
+            dense layers; None where a size is not known.
+        unknown: why sizes are not known; empty where they are.
+    """
+
+    model_name: str
+    batch_size: int | None
+    rows: tuple[ConvolutionRow, ...]
+    total_flops: int | None
+    unknown: str
+
+    def to_json(self) -> str:
+        """All rows and totals as a JSON object."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["rows"] = [row.to_dict() for row in self.rows]
+        return json.dumps(fields, indent=2)
+
+    def __rich__(self) -> Table:
+        return _table(self)
+
+    def __str__(self) -> str:
+        # A pipe has no width: lines as long as they need to be.
+        width = None if sys.stdout.isatty() else 10_000
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        console.print(self)
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def inspect_model(
+    model: keras.Model,
+    batch_size: int | None = None,
+    *,
+    data: Any = None,
+    rules: Sequence[Rule] = DEFAULT_RULES,
+) -> Inspection:
+    """Looks at every convolution with groups in a model; changes nothing.
+
+    Depthwise, separable and grouped convolutions are found at every depth: in
+    nested models, wrappers and composite layers, stock or ours. One- and
+    three-dimensional ones are listed, as not handled.
+
+    Args:
+        model: a built model.
+        batch_size: images in a batch, for FLOPs and bytes; None means that of
+            `data`, else one image.
+        data: a sample batch as `fit` takes it, for models that leave sizes of
+            their inputs open; only its shapes and dtypes are read.
+        rules: which classes can be rewritten.
+
+    Raises:
+        ValueError: if `model` is not a built Keras model.
+    """
+    check_built(model)
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"Expected `batch_size` >= 1 or None. Received: {batch_size!r}")
+    placed = place_layers(model)
+    traced = _trace(model, placed, batch_size, data)
+    holds = _ConfigReader()
+    rows = []
+    for place in placed:
+        if not _is_listed(place.layer, rules):
+            continue
+        shapes = traced.shapes.get(id(place.layer), [])
+        specs, problem = _specs(place.layer, shapes, keep_batch=traced.batch_size is not None)
+        flops = _forward_flops(place.layer, shapes, specs)
+        rows.append(
+            ConvolutionRow(
+                path=place.path,
+                other_paths=place.other_paths,
+                class_name=type(place.layer).__name__,
+                specs=specs,
+                flops=flops,
+                least_bytes=_least_bytes(place.layer, shapes),
+                flops_share=(
+                    None if flops is None or not traced.total_flops else flops / traced.total_flops
+                ),
+                parameters=place.layer.count_params() if place.layer.built else 0,
+                lowering=getattr(place.layer, "lowering", STOCK),
+                reasons=tuple(_reasons(place.layer, rules, problem)),
+                survives_saving=all(
+                    holds(container, child)
+                    for container, child in zip(
+                        place.containers, (*place.containers[1:], place.layer), strict=True
+                    )
+                ),
+                layer=place.layer,
+            )
+        )
+    return Inspection(
+        model.name, traced.batch_size, tuple(rows), traced.total_flops, traced.unknown
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trace:
+    """What a symbolic call of the model found, or why there was none."""
+
+    shapes: dict[int, list[tuple]]
+    batch_size: int | None
+    total_flops: int | None
+    unknown: str
+
+
+def _trace(
+    model: keras.Model, placed: Sequence[PlacedLayer], batch_size: int | None, data: Any
+) -> _Trace:
+    layers = [place.layer for place in placed if isinstance(place.layer, costs.COUNTED)]
+    try:
+        inputs = tracing.symbolic_inputs(model, batch_size, data)
+        recorded = tracing.record_input_shapes(model, layers, inputs)
+    except tracing.UntraceableError as error:
+        return _Trace({}, batch_size, None, str(error))
+    if data is not None:
+        batch_size = keras.tree.flatten(inputs)[0].shape[0]
+    total = sum(
+        costs.layer_flops(layer, shape)
+        for layer, calls in zip(layers, recorded, strict=True)
+        for shape in calls
+    )
+    shapes = {id(layer): calls for layer, calls in zip(layers, recorded, strict=True)}
+    return _Trace(shapes, batch_size, total, "")
+
+
+def _is_listed(layer: keras.layers.Layer, rules: Sequence[Rule]) -> bool:
+    if isinstance(layer, (LoweredLayer, *_DEPTHWISE)):
+        return True
+    if isinstance(layer, _GROUPED) and layer.groups > 1:
+        return True
+    rule = find_rule(layer, rules)
+    return rule is not None and (type(layer) is rule.replacement or not rule.why_not(layer))
+
+
+def _reasons(layer: keras.layers.Layer, rules: Sequence[Rule], problem: str) -> Iterator[str]:
+    rule = find_rule(layer, rules)
+    if rule is not None:
+        if type(layer) is rule.source:
+            yield from rule.why_not(layer)
+    elif isinstance(layer, _HANDLED):
+        base = next(c for c in type(layer).__mro__[1:] if c.__module__.startswith("keras."))
+        yield (
+            f"{type(layer).__name__} is a subclass of {base.__name__} that no rule names "
+            "(`rules=` takes one)"
+        )
+    else:
+        yield f"not handled: {layer.rank}-dimensional convolutions"
+    if not layer.built:
+        yield "not built: the model never calls it"
+    if "call" in vars(layer):
+        yield "its `call` was replaced on the object"
+    if problem:
+        yield problem
+
+
+def _specs(
+    layer: keras.layers.Layer, shapes: Sequence[tuple], keep_batch: bool
+) -> tuple[tuple[ConvSpec, ...], str]:
+    """The layer's problems, and why one cannot be stated."""
+    if not isinstance(layer, _HANDLED) or not layer.built:
+        return (), ""
+    if not shapes:
+        build_config = layer.get_build_config() or {}
+        shapes = [build_config["input_shape"]] if "input_shape" in build_config else []
+    if not keep_batch:
+        shapes = [(None, *shape[1:]) for shape in shapes]
+    try:
+        return tuple(layer_spec(layer, shape) for shape in shapes), ""
+    except ValueError as error:
+        return (), f"unsupported: {error}"
+
+
+def _forward_flops(
+    layer: keras.layers.Layer, shapes: Sequence[tuple], specs: Sequence[ConvSpec]
+) -> int | None:
+    if not shapes:
+        return None
+    if specs:
+        return sum(layer_spec(layer, shape).flops() for shape in shapes)
+    return sum(costs.layer_flops(layer, shape) for shape in shapes)
+
+
+def _least_bytes(layer: keras.layers.Layer, shapes: Sequence[tuple]) -> int | None:
+    try:
+        return sum(layer_spec(layer, shape).least_bytes() for shape in shapes) or None
+    except (AttributeError, ValueError):
+        return None
+
+
+class _ConfigReader:
+    """Whether the config of a container holds a layer inside it."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, set[str]] = {}
+
+    def __call__(self, container: keras.layers.Layer, layer: keras.layers.Layer) -> bool:
+        if id(container) not in self._names:
+            try:
+                config = container.get_config()
+            except Exception:  # A user's own; Keras cannot save such a model either.
+                config = {}
+            self._names[id(container)] = set(_serialised_names(config))
+        return layer.name in self._names[id(container)]
+
+
+def _serialised_names(config: Any) -> Iterator[str]:
+    if isinstance(config, dict):
+        inner = config.get("config")
+        if "class_name" in config and isinstance(inner, dict) and "name" in inner:
+            yield inner["name"]
+            return
+        config = list(config.values())
+    if isinstance(config, list | tuple):
+        for value in config:
+            yield from _serialised_names(value)
+
+
+def _table(inspection: Inspection) -> Table:
+    images = inspection.batch_size or 1
+    table = Table(
+        title=f"{inspection.model_name}: {len(inspection.rows)} convolutions with groups, "
+        f"{sum(row.eligible for row in inspection.rows)} can be rewritten",
+        title_justify="left",
+        caption_justify="left",
+        caption="\n".join(_remarks(inspection, images)),
+    )
+    table.add_column("layer", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("input")
+    table.add_column("kernel")
+    for name in ("MFLOP", "MB", "share", "weights"):
+        table.add_column(name, justify="right")
+    table.add_column("lowering", overflow="fold")
+    table.add_column("can be rewritten", overflow="fold")
+    for row in inspection.rows:
+        spec = row.main_spec
+        table.add_row(
+            row.path + (f" (+{len(row.other_paths)} paths)" if row.other_paths else ""),
+            row.class_name,
+            _describe_input(spec) + (f" ({len(row.specs)} calls)" if len(row.specs) > 1 else ""),
+            _describe_window(spec),
+            "?" if row.flops is None else f"{row.flops / 1e6:.2f}",
+            "?" if row.least_bytes is None else f"{row.least_bytes / 1e6:.2f}",
+            "?" if row.flops_share is None else f"{row.flops_share:.1%}",
+            f"{row.parameters:,}",
+            row.lowering if isinstance(row.lowering, str) else "/".join(row.lowering.values()),
+            "yes" if row.eligible else "no: " + "; ".join(row.reasons),
+        )
+    return table
+
+
+def _remarks(inspection: Inspection, images: int) -> Iterator[str]:
+    yield (
+        f"MFLOP, MB: floating-point operations and least traffic of one pass, for {images} "
+        f"image{'s' * (images > 1)}; share: of the FLOPs of all convolutions and dense layers."
+    )
+    if inspection.unknown:
+        yield f"Sizes are not known: {inspection.unknown}."
+    rebuilt = [row.path for row in inspection.rows if not row.survives_saving]
+    if rebuilt:
+        shown = ", ".join(rebuilt[:3]) + (", …" if len(rebuilt) > 3 else "")
+        yield (
+            f"Made anew as stock layers when a saved model is loaded: {len(rebuilt)} ({shown}). "
+            "Rewrite the model again after loading."
+        )
+
+
+def _describe_input(spec: ConvSpec | None) -> str:
+    if spec is None:
+        return "?"
+    sizes = (spec.height, spec.width, spec.input_channels)
+    return "×".join("?" if size is None else str(size) for size in sizes)
+
+
+def _describe_window(spec: ConvSpec | None) -> str:
+    if spec is None:
+        return "?"
+    parts = ["×".join(map(str, spec.kernel_size))]
+    if spec.strides != (1, 1):
+        parts.append("stride " + "×".join(map(str, spec.strides)))
+    if spec.dilation_rate != (1, 1):
+        parts.append("dilation " + "×".join(map(str, spec.dilation_rate)))
+    if not spec.is_depthwise:
+        parts.append(f"{spec.groups} groups")
+    return ", ".join(parts)

@@ -1,0 +1,77 @@
+"""The layers of a model, at every depth, each with its path."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedLayer:
+    """A layer and where it stands in a model.
+
+    Attributes:
+        layer: the layer itself.
+        path: names of the layers that hold it and its own, joined by `/`; the
+            model's name is left out. Where one container holds two layers of
+            one name, the second is `name#2`.
+        other_paths: further paths to the same layer, where it is shared.
+        containers: the layers that hold it on `path`, the model first.
+    """
+
+    layer: keras.layers.Layer
+    path: str
+    other_paths: tuple[str, ...]
+    containers: tuple[keras.layers.Layer, ...]
+
+
+def check_built(model: Any) -> None:
+    """Refuses what is not a built Keras model.
+
+    Raises:
+        ValueError: if `model` is no `keras.Model`, or has not been built.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"Expected `model` to be a keras.Model. Received: {model!r} of type "
+            f"{type(model).__name__}"
+        )
+    if not model.built:
+        raise ValueError(
+            f"Expected a built model. Received: the model '{model.name}', which has no variables "
+            "yet. Call it on a batch of inputs once, or `model.build(input_shape)`"
+        )
+
+
+def place_layers(model: keras.Model) -> list[PlacedLayer]:
+    """Every layer inside `model`, each once, containers before their content.
+
+    Layers inside wrappers, composite layers and nested models are found too;
+    the model itself is not among them.
+    """
+    placed: dict[int, PlacedLayer] = {}
+    for layer, path, containers in _walk(model, "", (model,)):
+        known = placed.get(id(layer))
+        if known is None:
+            placed[id(layer)] = PlacedLayer(layer, path, (), containers)
+        else:
+            placed[id(layer)] = dataclasses.replace(known, other_paths=(*known.other_paths, path))
+    return list(placed.values())
+
+
+def _walk(
+    container: keras.layers.Layer, prefix: str, containers: tuple[keras.layers.Layer, ...]
+) -> Iterator[tuple[keras.layers.Layer, str, tuple[keras.layers.Layer, ...]]]:
+    names: dict[str, int] = {}
+    # Keras has no public list of a layer's own sublayers; this is what its
+    # summaries and its saving use.
+    for layer in container._flatten_layers(include_self=False, recursive=False):
+        names[layer.name] = names.get(layer.name, 0) + 1
+        count = names[layer.name]
+        path = prefix + (layer.name if count == 1 else f"{layer.name}#{count}")
+        yield layer, path, containers
+        if layer not in containers:
+            yield from _walk(layer, path + "/", (*containers, layer))

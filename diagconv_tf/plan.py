@@ -1,0 +1,157 @@
+"""`Plan`: which lowering each convolution of a model gets, as a value and a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+from diagconv_tf import files
+from diagconv_tf.inspection import STOCK, ConvolutionRow, inspect_model
+from diagconv_tf.lowerings import LoweringLike, parse
+from diagconv_tf.spec import Conditions, ConvSpec
+
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A lowering, or `"stock"`, for convolutions: by problem, or by layer path.
+
+    Attributes:
+        conditions: where the choices were made, and hold.
+        lowerings: problem → a layer's `lowering`, or `"stock"`: the layer is
+            Keras's own. A problem fits a layer whatever the batch; where a
+            layer leaves its height or width open, any fits.
+        overrides: layer path → the same; they come before `lowerings`.
+
+    Raises:
+        ValueError: if a lowering is not known.
+    """
+
+    conditions: Conditions
+    lowerings: Mapping[ConvSpec, LoweringLike] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, LoweringLike] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for lowering in (*self.lowerings.values(), *self.overrides.values()):
+            if lowering != STOCK:
+                parse(lowering)
+
+    @classmethod
+    def of_model(cls, model: keras.Model) -> Plan:
+        """What a model has now, by layer path: for `rewrite` after loading it.
+
+        Raises:
+            ValueError: if `model` is not a built Keras model.
+        """
+        return cls(
+            conditions=Conditions.current(),
+            overrides={row.path: row.lowering for row in inspect_model(model).rows},
+        )
+
+    def lowering_for(self, row: ConvolutionRow) -> LoweringLike | None:
+        """The lowering of a layer; None where the plan says nothing of it.
+
+        Raises:
+            ValueError: if the layer's sizes are open and the plan has several
+                choices for it.
+        """
+        for path in row.paths:
+            if path in self.overrides:
+                return self.overrides[path]
+        if row.main_spec is None:
+            return None
+        found = [
+            lowering for spec, lowering in self.lowerings.items() if _fits(spec, row.main_spec)
+        ]
+        if any(lowering != found[0] for lowering in found):
+            raise ValueError(
+                f"the layer's input size is open, and the plan has several lowerings for it: "
+                f"{found}"
+            )
+        return found[0] if found else None
+
+    def to_json(self) -> str:
+        """The text that `save` writes."""
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "conditions": dataclasses.asdict(self.conditions),
+                "lowerings": [
+                    {"lowering": _plain(lowering), "spec": dataclasses.asdict(spec)}
+                    for spec, lowering in self.lowerings.items()
+                ],
+                "overrides": {path: _plain(value) for path, value in self.overrides.items()},
+            },
+            indent=2,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan of which `text` is the `to_json`.
+
+        Raises:
+            ValueError: if it is not one; the message says what is wrong.
+        """
+        try:
+            fields = json.loads(text)
+            if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
+                raise ValueError(f'expected an object with "format": {_FORMAT}')
+            conditions = fields["conditions"]
+            conditions["versions"] = tuple(map(tuple, conditions["versions"]))
+            return cls(
+                conditions=Conditions(**conditions),
+                lowerings={
+                    _spec_from(entry["spec"]): entry["lowering"] for entry in fields["lowerings"]
+                },
+                overrides=fields["overrides"],
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"Expected a plan as `Plan.save` writes it: {error}") from error
+
+    def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
+        """Writes the plan as a JSON file.
+
+        Raises:
+            FileExistsError: if `path` exists, unless `overwrite`.
+            ValueError: if its folder does not exist.
+        """
+        files.write_text(files.check_output(path, overwrite), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """The plan in a file.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if the file is not a plan; the message says why.
+        """
+        try:
+            return cls.from_json(pathlib.Path(path).read_text())
+        except ValueError as error:  # Of which a decoding error is one.
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _fits(planned: ConvSpec, spec: ConvSpec) -> bool:
+    return (
+        planned.replace(
+            batch=spec.batch,
+            height=planned.height if spec.height is not None else None,
+            width=planned.width if spec.width is not None else None,
+        )
+        == spec
+    )
+
+
+def _spec_from(fields: dict[str, Any]) -> ConvSpec:
+    return ConvSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+
+
+def _plain(lowering: LoweringLike) -> str | dict[str, str]:
+    return lowering if isinstance(lowering, str) else dict(lowering)

@@ -58,7 +58,8 @@ class ConvolutionRow:
         reasons: why the layer cannot be rewritten; empty means it can.
         survives_saving: whether a `.keras` file holds the layer itself.
             Otherwise what holds it (a composite layer or a model with its own
-            config) makes a stock layer when the file is loaded.
+            config) makes a stock layer when the file is loaded: save the
+            restored model, and rewrite it again after loading.
         layer: the layer.
     """
 
@@ -165,7 +166,23 @@ def inspect_model(
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"Expected `batch_size` >= 1 or None. Received: {batch_size!r}")
     placed = place_layers(model)
-    traced = _trace(model, placed, batch_size, data)
+    return _inspect(model, placed, _trace(model, placed, batch_size, data), rules)
+
+
+def inspect_as_built(model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES) -> Inspection:
+    """`inspect_model` without calling the model, even symbolically.
+
+    It takes milliseconds. Sizes are those that each layer was built with,
+    which may be open, and costs are not known.
+    """
+    check_built(model)
+    not_called = _Trace({}, None, None, "the model was not called")
+    return _inspect(model, place_layers(model), not_called, rules)
+
+
+def _inspect(
+    model: keras.Model, placed: Sequence[PlacedLayer], traced: _Trace, rules: Sequence[Rule]
+) -> Inspection:
     holds = _ConfigReader()
     rows = []
     for place in placed:
@@ -370,7 +387,7 @@ def _remarks(inspection: Inspection, images: int) -> Iterator[str]:
         shown = ", ".join(rebuilt[:3]) + (", …" if len(rebuilt) > 3 else "")
         yield (
             f"Made anew as stock layers when a saved model is loaded: {len(rebuilt)} ({shown}). "
-            "Rewrite the model again after loading."
+            "Save the restored model, and rewrite it again after loading."
         )
 
 

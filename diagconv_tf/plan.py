@@ -12,7 +12,7 @@ from typing import Any
 import keras
 
 from diagconv_tf import files
-from diagconv_tf.inspection import STOCK, ConvolutionRow, inspect_model
+from diagconv_tf.inspection import STOCK, ConvolutionRow, inspect_as_built
 from diagconv_tf.lowerings import LoweringLike, parse
 from diagconv_tf.spec import Conditions, ConvSpec
 
@@ -52,7 +52,7 @@ class Plan:
         """
         return cls(
             conditions=Conditions.current(),
-            overrides={row.path: row.lowering for row in inspect_model(model).rows},
+            overrides={row.path: row.lowering for row in inspect_as_built(model).rows},
         )
 
     def lowering_for(self, row: ConvolutionRow) -> LoweringLike | None:

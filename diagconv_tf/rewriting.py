@@ -17,7 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 import keras
 from absl import logging
 
-from diagconv_tf.inspection import STOCK, ConvolutionRow, Inspection, inspect_model
+from diagconv_tf.copying import copy_model
+from diagconv_tf.inspection import (
+    STOCK,
+    ConvolutionRow,
+    Inspection,
+    inspect_as_built,
+    inspect_model,
+)
 from diagconv_tf.layers import LoweredLayer
 from diagconv_tf.lowerings import (
     DEFAULT_LOWERING,
@@ -89,7 +96,9 @@ def rewrite(
     check_built(model)
     plan = lowering if isinstance(lowering, Plan) else None
     choice = None if plan else parse(lowering)
-    inspection = inspect_model(model, rules=rules)
+    # Only what chooses by sizes needs to know them.
+    by_size = plan or callable(include) or callable(exclude)
+    inspection = (inspect_model if by_size else inspect_as_built)(model, rules=rules)
     selected = _select(inspection, include, exclude)
     decisions = [
         _decide(row, plan.lowering_for if plan else lambda _: choice)
@@ -126,7 +135,7 @@ def restore(
     """
     check_built(model)
     decisions = []
-    for row in inspect_model(model, rules=rules).rows:
+    for row in inspect_as_built(model, rules).rows:
         if row.lowering == STOCK and find_rule(row.layer, rules) is None:
             continue
         if find_rule(row.layer, rules) is None:
@@ -180,11 +189,7 @@ def _decide(
 def _apply(
     model: keras.Model, decisions: Sequence[Decision], rules: Sequence[Rule], in_place: bool
 ) -> keras.Model:
-    target = model
-    if not in_place:
-        from diagconv_tf.copying import copy_model
-
-        target = copy_model(model, adopt=lambda layer, copy: _adopt(layer, copy, rules))
+    target = model if in_place else copy_model(model)
     layers = {place.path: place.layer for place in place_layers(target)}
     for decision in decisions:
         if decision.lowering is not None:
@@ -206,17 +211,6 @@ def _change(
     layer.__class__ = rule.replacement
     if isinstance(layer, LoweredLayer) and lowering is not None:
         layer.lowering = lowering
-
-
-def _adopt(layer: keras.layers.Layer, copy: keras.layers.Layer, rules: Sequence[Rule]) -> None:
-    """Gives a copied layer the class of its original, where a rule can.
-
-    A composite layer makes stock layers when it is made from its config.
-    """
-    rule = find_rule(layer, rules)
-    if rule is not None and {type(layer), type(copy)} == {rule.source, rule.replacement}:
-        is_stock = type(layer) is rule.source
-        _change(copy, rule, STOCK if is_stock else getattr(layer, "lowering", None))
 
 
 def _renew_compiled_functions(model: keras.Model) -> None:
@@ -297,5 +291,16 @@ def _log_summary(model: keras.Model, inspection: Inspection, decisions: Sequence
     if len(decisions) < len(inspection.rows):
         lines.append(f"{len(inspection.rows) - len(decisions)} were not selected.")
     lines += [f"Left as they are ({reason}): {', '.join(paths)}." for reason, paths in left.items()]
-    level = logging.WARNING if left or not changed else logging.INFO
+    lost = [
+        decision.row.path
+        for decision in decisions
+        if decision.lowering not in (None, STOCK) and not decision.row.survives_saving
+    ]
+    if lost:
+        lines.append(
+            "Saved files cannot hold the new class of layers that a composite layer or a model "
+            f"makes itself ({', '.join(lost)}): save `restore(model)`, and rewrite the loaded "
+            "model with `Plan.of_model(model)`."
+        )
+    level = logging.WARNING if left or lost or not changed else logging.INFO
     logging.log(level, " ".join(lines))

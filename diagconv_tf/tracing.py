@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,12 +37,13 @@ def record_input_shapes(
     with contextlib.ExitStack() as stack:
         for layer, calls in zip(layers, shapes, strict=True):
             stack.enter_context(_recording(layer, calls))
+        operation = _Call(model)
         try:
-            _Call(model).compute_output_spec(inputs)
+            operation.compute_output_spec(inputs)
         except Exception as error:  # A user's `call` may raise anything.
+            cause = operation.error or error
             raise UntraceableError(
-                f"calling the model on symbolic inputs failed: {type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}"
+                f"calling the model on symbolic inputs failed: {_summary(cause)}"
             ) from error
     return shapes
 
@@ -106,9 +108,24 @@ class _Call(keras.Operation):
     def __init__(self, model: keras.Model) -> None:
         super().__init__()
         self.model = model
+        self.error: Exception | None = None
 
     def call(self, inputs: Any) -> Any:
-        return self.model(inputs)
+        try:
+            return self.model(inputs)
+        except Exception as error:
+            # Keras wraps it in advice on operations, which a model's user does
+            # not write.
+            self.error = error
+            raise
+
+
+def _summary(error: Exception) -> str:
+    """The error's type and the line that says what is wrong, without colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith("Exception encountered when calling")]
+    return f"{type(error).__name__}: {(telling or lines or [''])[0]}"
 
 
 @contextlib.contextmanager

@@ -1,10 +1,22 @@
 """Marks and settings that all tests share."""
 
 import os
+import shutil
+import tempfile
 
 import hypothesis
-import keras
 import pytest
+
+# Many tests compile the same programs: JAX keeps them for the whole run, and for
+# all its processes, which get these variables from the first.
+_CACHE = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.mkdtemp(prefix="jax_programs_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import keras  # noqa: E402 - JAX reads the variables when it is imported.
 
 # The same examples on every run: CI must not fail by luck. `thorough` draws
 # new ones, many more of them; it is run by hand before a release.
@@ -22,3 +34,8 @@ def pytest_collection_modifyitems(items):
         if marker and backend not in marker.args:
             reason = f"needs Keras's backend to be one of {marker.args}; it is {backend}"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_unconfigure():
+    if _CACHE:
+        shutil.rmtree(_CACHE, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Running a lowering on random numbers, on any backend, in any way it compiles."""
 
 import functools
+import os
 
 import keras
 import numpy as np
@@ -9,6 +10,9 @@ from diagconv_tf.lowerings import convolve, parse
 from tests import reference
 
 BACKEND = keras.backend.backend()
+
+#: Whether the long form of the tests is asked for; see conftest.py.
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 
 #: How each backend can run a function; the last is the one that training uses.
 MODES = {

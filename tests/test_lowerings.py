@@ -1,7 +1,5 @@
 """Every lowering computes the same function, to any order of differentiation."""
 
-import os
-
 import hypothesis
 import keras
 import numpy as np
@@ -15,14 +13,13 @@ from tests import cases
 from tests.numerics import (
     BACKEND,
     MODES,
+    THOROUGH,
     assert_close,
     expected,
     random_problem,
     run_lowering,
     vector_jacobian,
 )
-
-THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 
 # Configurations to draw: as many as the time for tests allows on 2 cores.
 EXAMPLES = {

@@ -1,0 +1,126 @@
+"""Training goes on as if nothing had happened, on the embedded digits."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, optimizers
+from sklearn import datasets
+
+from diagconv_tf import restore, rewrite
+from tests.numerics import BACKEND, THOROUGH
+
+OPTIMIZERS = {
+    "Adam": functools.partial(optimizers.Adam, 3e-3),
+    "SGD": functools.partial(optimizers.SGD, 0.05, momentum=0.9),
+    "RMSprop": functools.partial(optimizers.RMSprop, 1e-3),
+    "Lion": functools.partial(optimizers.Lion, 3e-4),
+}
+WITH = {
+    "alone": lambda make: make(),
+    "loss scale": lambda make: optimizers.LossScaleOptimizer(make(), dynamic_growth_steps=20),
+    "EMA": lambda make: make(use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=15),
+    "accumulation": lambda make: make(gradient_accumulation_steps=4),
+}
+
+#: Steps with the stock model, after rewriting in place, and after restoring a copy.
+STOCK_STEPS, REWRITTEN_STEPS, RESTORED_STEPS = 20, 17, 13
+
+
+def _network():
+    inputs = keras.Input((8, 8, 1))
+    x = layers.Conv2D(8, 3, padding="same", activation="relu")(inputs)
+    x = layers.DepthwiseConv2D(3, padding="same", name="dw")(x)
+    x = layers.ReLU()(layers.BatchNormalization()(x))
+    x = layers.SeparableConv2D(8, 3, strides=2, padding="same")(x)
+    x = layers.Dropout(0.1, seed=3)(x)
+    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
+
+
+def _batches(count, batch_size=16):
+    digits = datasets.load_digits()
+    images = digits.images[..., None] / 16.0
+    order = np.random.default_rng(0).permutation(len(images))[: count * batch_size]
+    for rows in order.reshape(count, batch_size):
+        yield images[rows], digits.target[rows]
+
+
+def _compiled(policy, make_optimizer):
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(policy)
+    model = _network()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(make_optimizer(), loss, auto_scale_loss=False)
+    return model
+
+
+def _losses(model, batches):
+    return [float(model.train_on_batch(x, y)) for x, y in batches]
+
+
+def _curves(policy, make_optimizer, lowering):
+    """Loss curves of the stock model, and of one that is rewritten and restored."""
+    batches = list(_batches(STOCK_STEPS + REWRITTEN_STEPS + RESTORED_STEPS))
+    # `train_on_batch` reports the mean since the last reset: so each step's own.
+    stock = _compiled(policy, make_optimizer)
+    expected = _losses(stock, batches)
+    model = _compiled(policy, make_optimizer)
+    losses = _losses(model, batches[:STOCK_STEPS])
+    rewrite(model, lowering, in_place=True)
+    losses += _losses(model, batches[STOCK_STEPS:][:REWRITTEN_STEPS])
+    restored = restore(model)
+    losses += _losses(restored, batches[STOCK_STEPS + REWRITTEN_STEPS :])
+    return np.array(expected), np.array(losses)
+
+
+@pytest.fixture
+def float64():
+    """Rounding is amplified by training; in float64 it stays below the law's tolerance."""
+    policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
+    keras.config.set_floatx("float64")
+    if BACKEND == "jax":
+        import jax
+
+        before = jax.config.jax_enable_x64
+        jax.config.update("jax_enable_x64", True)
+    yield
+    if BACKEND == "jax":
+        jax.config.update("jax_enable_x64", before)
+    keras.config.set_floatx(floatx)
+    keras.config.set_dtype_policy(policy)
+
+
+#: Each optimizer alone and each addition once; all pairs where that is cheap, or
+#: asked for.
+PAIRS = [
+    (optimizer, extra)
+    for number, optimizer in enumerate(OPTIMIZERS)
+    for position, extra in enumerate(WITH)
+    if BACKEND == "tensorflow" or THOROUGH or position in (0, 1 + number % 3)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.parametrize(("optimizer", "extra"), PAIRS)
+def test_training_goes_on_as_if_nothing_had_happened(optimizer, extra, float64):
+    make = functools.partial(WITH[extra], OPTIMIZERS[optimizer])
+    expected, losses = _curves("float64", make, "diagonal:3")
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    # It did train, and every step counted.
+    assert len(set(expected)) == len(expected)
+    assert np.mean(expected[-10:]) < np.mean(expected[:10])
+
+
+@pytest.mark.slow
+@pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_training_in_mixed_precision_goes_on(policy, float64):
+    keras.config.set_floatx("float32")
+    make = functools.partial(optimizers.LossScaleOptimizer, OPTIMIZERS["SGD"]())
+    expected, losses = _curves(policy, lambda: make(), "shifted")
+    assert np.array_equal(losses[:STOCK_STEPS], expected[:STOCK_STEPS])
+    # Products of two numbers with 11 or 8 bits, and 30 steps to grow in.
+    tolerance = {"mixed_float16": 2e-2, "mixed_bfloat16": 1e-1}[policy]
+    np.testing.assert_allclose(losses, expected, rtol=tolerance)

@@ -4,6 +4,7 @@ Without changing what they compute: the layers here are Keras's own, with a
 choice of the exact way, the *lowering*, in which their convolutions run.
 """
 
+from diagconv_tf.exporting import ExportError, ExportReport, export
 from diagconv_tf.inspection import Inspection, inspect_model
 from diagconv_tf.layers import (
     DiagonalwiseConv2D,
@@ -27,10 +28,13 @@ __all__ = [
     "DiagonalwiseConv2D",
     "DiagonalwiseDepthwiseConv2D",
     "DiagonalwiseSeparableConv2D",
+    "ExportError",
+    "ExportReport",
     "Inspection",
     "Plan",
     "Rule",
     "StepTimer",
+    "export",
     "inspect_model",
     "load_weights",
     "restore",

@@ -15,7 +15,7 @@ OPTIMIZERS = {
     "Adam": functools.partial(optimizers.Adam, 3e-3),
     "SGD": functools.partial(optimizers.SGD, 0.05, momentum=0.9),
     "RMSprop": functools.partial(optimizers.RMSprop, 1e-3),
-    "Lion": functools.partial(optimizers.Lion, 3e-4),
+    "Lion": functools.partial(optimizers.Lion, 3e-3),
 }
 WITH = {
     "alone": lambda make: make(),
@@ -118,8 +118,8 @@ def test_training_goes_on_as_if_nothing_had_happened(optimizer, extra, float64):
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_training_in_mixed_precision_goes_on(policy, float64):
     keras.config.set_floatx("float32")
-    make = functools.partial(optimizers.LossScaleOptimizer, OPTIMIZERS["SGD"]())
-    expected, losses = _curves(policy, lambda: make(), "shifted")
+    make = functools.partial(WITH["loss scale"], OPTIMIZERS["SGD"])
+    expected, losses = _curves(policy, make, "shifted")
     assert np.array_equal(losses[:STOCK_STEPS], expected[:STOCK_STEPS])
     # Products of two numbers with 11 or 8 bits, and 30 steps to grow in.
     tolerance = {"mixed_float16": 2e-2, "mixed_bfloat16": 1e-1}[policy]

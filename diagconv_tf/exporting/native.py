@@ -1,0 +1,91 @@
+"""A model whose convolutions run natively for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import keras
+
+from diagconv_tf.layers import DiagonalwiseConv2D, LoweredLayer
+from diagconv_tf.model_tree import place_layers
+from diagconv_tf.rules import DEFAULT_RULES, find_rule
+
+
+@contextlib.contextmanager
+def native_convolutions(model: keras.Model) -> Iterator[None]:
+    """Inside, the model computes with the framework's own convolutions.
+
+    The model itself is changed and changed back, not a copy: that needs no
+    memory and works for every model. Afterwards each layer has the class and
+    lowering that it had, so that functions compiled before remain right. No
+    other thread may use the model meanwhile.
+
+    `Conv2D` layers with one input channel per group run TensorFlow's depthwise
+    op, which stock Keras does not use for them.
+    """
+    before = []
+    try:
+        for placed in place_layers(model):
+            layer = placed.layer
+            state = (layer, type(layer), vars(layer).get("_lowering"))
+            rule = find_rule(layer, DEFAULT_RULES)
+            if keras.backend.backend() == "tensorflow" and _is_depthwise_conv2d(layer):
+                before.append(state)
+                layer.__class__ = DiagonalwiseConv2D
+                layer.lowering = "native"
+            elif rule is not None and type(layer) is rule.replacement:
+                before.append(state)
+                layer.__class__ = rule.source
+            elif isinstance(layer, LoweredLayer):
+                # A subclass of ours, with code of its own.
+                before.append(state)
+                layer.lowering = "native"
+        yield
+    finally:
+        for layer, layer_class, lowering in before:
+            layer.__class__ = layer_class
+            if lowering is not None:
+                layer._lowering = lowering
+            elif "_lowering" in vars(layer):
+                del layer._lowering
+
+
+@contextlib.contextmanager
+def counted_depthwise_calls(model: keras.Model) -> Iterator[list[str]]:
+    """Inside, the list grows by a layer's name for every depthwise convolution.
+
+    Layers alone would not tell: a shared one runs more than once, an unused
+    one never.
+    """
+    calls: list[str] = []
+    hooked = []
+    try:
+        for placed in place_layers(model):
+            layer = placed.layer
+            if find_rule(layer, DEFAULT_RULES) is not None and (
+                not isinstance(layer, keras.layers.Conv2D) or _is_depthwise_conv2d(layer)
+            ):
+                hooked.append(layer)
+                layer.call = _counted(layer.call, placed.path, calls)
+        yield calls
+    finally:
+        for layer in hooked:
+            del layer.call
+
+
+def _counted(call, name: str, calls: list[str]):
+    def counted_call(*args, **kwargs):
+        calls.append(name)
+        return call(*args, **kwargs)
+
+    return counted_call
+
+
+def _is_depthwise_conv2d(layer: keras.layers.Layer) -> bool:
+    return (
+        type(layer) in (keras.layers.Conv2D, DiagonalwiseConv2D)
+        and layer.groups > 1
+        and layer.built
+        and layer.kernel.shape[-2] == 1
+    )

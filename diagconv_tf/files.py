@@ -27,7 +27,7 @@ def check_output(path: str | os.PathLike, overwrite: bool, suffix: str = "") -> 
     if not path.parent.is_dir():
         raise ValueError(f"Expected a path in an existing folder. Received: {path}")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists. `overwrite=True` replaces it")
+        raise FileExistsError(f"{path} exists; overwrite=True (--overwrite) replaces it")
     return path
 
 

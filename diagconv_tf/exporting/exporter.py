@@ -164,7 +164,7 @@ def _check_path(path: str | os.PathLike, file_format: Format, overwrite: bool) -
         return target
     if not overwrite:
         raise ValueError(
-            "Expected `path` not to exist, or overwrite=True. "
+            "Expected `path` not to exist, or overwrite=True (--overwrite). "
             f"Received: path={os.fspath(path)!r}, which exists"
         )
     replaceable = (

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import keras
 from absl import app, flags, logging
 
-from diagconv_tf import StepTimer, files
+from diagconv_tf import StepTimer, export, files, inspect_model
 from recipes import config as config_module
 from recipes import data, models
 from recipes.config import (
@@ -82,6 +82,7 @@ def run_recipe(config: Config, *, verbose: int = 1) -> RunReport:
     except (ValueError, OSError) as error:
         raise RecipeError(str(error)) from error
     logging.info("The results will be in %s", folder)
+    logging.info("%s", inspect_model(next(iter(variants.values())), config.batch_size))
     if not on_tensorflow:
         logging.warning(
             "TensorBoard events and a SavedModel need the TensorFlow backend. Received: %s",
@@ -141,13 +142,10 @@ def run_recipe(config: Config, *, verbose: int = 1) -> RunReport:
     # Export: the last variant as it was trained, and in stock layers.
     files.write_aside(folder / "model.keras", model.save)
     if on_tensorflow:
-        stock = build_model(config, images, "stock")
-        stock.set_weights(model.get_weights())
         # TensorFlow tells every step of it through absl.
         with quiet_logging():
-            files.write_aside(
-                folder / "saved_model", lambda path: stock.export(path, verbose=False)
-            )
+            exported = export(model, folder / "saved_model")
+        logging.info("%s", exported)
     return report
 
 

@@ -78,6 +78,8 @@ def test_random_configurations_equal_the_reference(mode):
     "kernel_size", [(31, 31), (15, 1), (1, 31)], ids=lambda k: f"{k[0]}x{k[1]}"
 )
 def test_large_kernels(kernel_size, lowering):
+    if BACKEND == "jax" and lowering == "shifted" and kernel_size == (31, 31) and not THOROUGH:
+        pytest.skip("a minute to compile 961 taps; the other backends and sizes run")
     spec = ConvSpec(1, 33, 32, 10, kernel_size=kernel_size, padding="same")
     problem = random_problem(spec)
     mode = "compiled" if BACKEND == "jax" else "eager"

@@ -9,6 +9,10 @@ import pytest
 from diagconv_tf import DiagonalwiseDepthwiseConv2D
 from recipes import models
 
+# They are made of Keras's layers, which compile one by one on JAX: minutes.
+# tests/test_recipes.py trains one of them there.
+pytestmark = pytest.mark.backends("tensorflow", "torch")
+
 CLASSES = 7
 
 

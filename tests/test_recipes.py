@@ -297,6 +297,10 @@ def test_weight_decay_spares_biases_and_batch_norms():
 OURS = "diagonal:128"  # Fewer blocks than 32 makes: quicker to compile.
 
 
+# The run takes a minute on JAX: not one for each process of the tests.
+one_worker = pytest.mark.xdist_group("recipe run")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Two steps of both variants, with a learning rate that keeps them together."""
@@ -316,6 +320,7 @@ def run(tmp_path_factory):
     return train.run_recipe(config, verbose=0)
 
 
+@one_worker
 def test_variants_train_alike_from_the_same_start(run):
     stock, ours = run.variants
     assert (stock.name, ours.name) == ("stock", OURS)
@@ -326,6 +331,7 @@ def test_variants_train_alike_from_the_same_start(run):
     assert stock.steps.first_step_seconds > 0
 
 
+@one_worker
 def test_run_folder_has_all_files(run):
     names = {path.name for path in run.folder.iterdir()}
     expected = {"config.json", "metrics.jsonl", "report.json", "curves.png", "model.keras"}
@@ -337,6 +343,7 @@ def test_run_folder_has_all_files(run):
         assert np.asarray(picture.convert("L")).std() > 5
 
 
+@one_worker
 def test_metrics_and_report_have_the_numbers(run):
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     for variant in run.variants:
@@ -353,6 +360,7 @@ def test_metrics_and_report_have_the_numbers(run):
     )
 
 
+@one_worker
 def test_table_is_complete_where_the_output_is_no_terminal(run, capsys):
     run.print()
     printed = capsys.readouterr().out
@@ -362,6 +370,7 @@ def test_table_is_complete_where_the_output_is_no_terminal(run, capsys):
     assert "…" not in printed
 
 
+@one_worker
 def test_saved_models_load_and_give_equal_outputs(run):
     model = keras.saving.load_model(run.folder / "model.keras")
     depthwise = [x for x in model.layers if isinstance(x, keras.layers.DepthwiseConv2D)]
@@ -381,6 +390,7 @@ def test_saved_models_load_and_give_equal_outputs(run):
         np.testing.assert_allclose(loaded.serve(images[:4]).numpy(), outputs, atol=1e-5)
 
 
+@one_worker
 @needs_tensorflow
 def test_tensorboard_events_have_the_metrics_of_each_epoch(run):
     import tensorflow as tf

@@ -17,18 +17,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
-import re
-import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
-import numpy as np
 from keras.src.ops.function import make_node_key
 from keras.src.ops.node import KerasHistory
+
+from diagconv_tf import plain_objects
 
 #: Attributes of models that Keras makes anew when it needs them: functions compiled
 #: for the model's own variables, and what exists only while `fit` runs.
@@ -61,27 +59,6 @@ KERAS_TYPES = (
     keras.metrics.Metric,
     keras.losses.Loss,
     keras.optimizers.Optimizer,
-)
-
-#: What cannot change, and hardware, which cannot be copied.
-SHARED_TYPES = (
-    type(None),
-    type(...),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    range,
-    slice,
-    type,
-    types.ModuleType,
-    re.Pattern,
-    np.dtype,
-    np.generic,
-    keras.distribution.DeviceMesh,
-    keras.distribution.TensorLayout,
 )
 
 
@@ -156,12 +133,12 @@ class _Copier:
             return self.copies[id(original)]
         if isinstance(original, KERAS_TYPES):
             return self._copy_keras_object(original)
-        if _is_tensorflow_container(original):
+        if plain_objects.is_tensorflow_container(original):
             return self._copy_tensorflow_container(original)
-        if _is_shared(original):
+        if plain_objects.is_shared(original):
             return original
-        if _is_array(original):
-            return self._remember(original, _copy_array(original))
+        if plain_objects.is_array(original):
+            return self._remember(original, plain_objects.copy_array(original))
         if isinstance(original, types.FunctionType):
             return self._copy_function(original)
         if isinstance(original, types.MethodType):
@@ -233,7 +210,7 @@ class _Copier:
         duplicate.__kwdefaults__ = self.copy(original.__kwdefaults__)
         vars(duplicate).update(self.copy(vars(original)))
         for cell, original_cell in zip(cells, original.__closure__ or (), strict=True):
-            if not _is_empty(original_cell):
+            if not plain_objects.is_empty(original_cell):
                 cell.cell_contents = self.copy(original_cell.cell_contents)
         return duplicate
 
@@ -245,9 +222,9 @@ class _Copier:
         make, arguments, state, items, pairs, set_state = (*reduction, *[None] * 4)[:6]
         duplicate = self._remember(original, self.copy(make)(*map(self.copy, arguments)))
         if state is not None:
-            _set_state(duplicate, self.copy(state), self.copy(set_state))
+            plain_objects.set_state(duplicate, self.copy(state), self.copy(set_state))
         # Past the methods of subclasses: Keras's lists track what is appended.
-        container = _builtin_base(duplicate)
+        container = plain_objects.builtin_base(duplicate)
         for item in items or ():
             container.append(duplicate, self.copy(item))
         for key, value in pairs or ():
@@ -296,7 +273,7 @@ class _Copier:
         """Replaces the keys by which Keras finds what it tracks."""
         for container in self.keyed_by_numbers:
             # Keras's own keys are the `id`s of objects.
-            _replace_keys(
+            plain_objects.replace_keys(
                 container,
                 {key: id(self.copies[key]) for key in container if key in self.copies},
             )
@@ -304,7 +281,7 @@ class _Copier:
             keys = {original._var_key(old): duplicate._var_key(new) for old, new in self.variables}
             for value in vars(duplicate).values():
                 if isinstance(value, (set, dict)):
-                    _replace_keys(value, keys)
+                    plain_objects.replace_keys(value, keys)
 
 
 def _copy_by_config(original: keras.Layer) -> keras.Layer:
@@ -332,113 +309,10 @@ def _has_assets(layer: keras.Layer) -> bool:
     return hasattr(layer, "save_assets") and hasattr(layer, "load_assets")
 
 
-def _is_shared(value: Any) -> bool:
-    if isinstance(value, SHARED_TYPES):
-        return True
-    if isinstance(value, types.FunctionType) and not (
-        value.__closure__ or value.__defaults__ or value.__kwdefaults__ or vars(value)
-    ):
-        return True
-    tf, jax = sys.modules.get("tensorflow"), sys.modules.get("jax")
-    if tf and isinstance(value, (tf.DType, tf.TensorShape, tf.distribute.Strategy)):
-        return True
-    if jax and isinstance(value, (jax.Device, jax.sharding.Sharding, jax.sharding.Mesh)):
-        return True
-    return callable(value) and _is_importable(value)
-
-
-def _is_tensorflow_container(value: Any) -> bool:
-    """Whether `value` is a list or dict that TensorFlow wrapped to track its items."""
-    tf = sys.modules.get("tensorflow")
-    # By its type, since the proxies among them show the class of what they wrap.
-    return tf is not None and issubclass(
-        type(value), tf.__internal__.tracking.TrackableDataStructure
-    )
-
-
-def _is_importable(value: Any) -> bool:
-    """Whether `value` is what its module holds under its name."""
-    name = getattr(value, "__qualname__", None)
-    found = sys.modules.get(getattr(value, "__module__", None) or "")
-    if not isinstance(name, str) or found is None:
-        return False
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is value
-
-
-def _array_types() -> Iterator[type]:
-    yield np.ndarray
-    # A framework that is not loaded made no arrays, and must not be imported.
-    if tf := sys.modules.get("tensorflow"):
-        yield from (tf.Variable, tf.Tensor)
-    if jax := sys.modules.get("jax"):
-        yield jax.Array
-    if torch := sys.modules.get("torch"):
-        yield torch.Tensor
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, tuple(_array_types()))
-
-
-def _copy_array(value: Any) -> Any:
-    # Arrays of NumPy's objects, and TensorFlow's handles to tables and the like.
-    if getattr(value.dtype, "name", None) in ("object", "resource", "variant"):
-        raise TypeError(f"an array of {value.dtype.name} refers to something else")
-    # On JAX this is no formality: training gives the buffers of its variables
-    # away, and an array that shares them would be deleted.
-    return copy.deepcopy(value)
-
-
-def _is_empty(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
-
-
-def _set_state(target: Any, state: Any, set_state: Callable | None) -> None:
-    if set_state is not None:
-        set_state(target, state)
-    elif hasattr(type(target), "__setstate__"):
-        target.__setstate__(state)
-    else:
-        attributes, slots = state if isinstance(state, tuple) else (state, None)
-        if attributes:
-            vars(target).update(attributes)
-        for name, value in (slots or {}).items():
-            object.__setattr__(target, name, value)
-
-
-def _replace_keys(container: set | dict, keys: dict[Any, Any]) -> None:
-    if keys.keys().isdisjoint(container):
-        return
-    if _is_tensorflow_container(container):
-        _replace_keys(container.__wrapped__, keys)
-        container._update_snapshot()
-        return
-    if isinstance(container, dict):
-        entries = {keys.get(key, key): value for key, value in container.items()}
-    else:
-        entries = {keys.get(key, key) for key in container}
-    # Past the methods of subclasses: Keras's would track the values again.
-    base = _builtin_base(container)
-    base.clear(container)
-    base.update(container, entries)
-
-
 def _without_reset(dependencies: Any) -> Any:
     if isinstance(dependencies, dict):
         return {name: value for name, value in dependencies.items() if name not in RESET}
     return [reference for reference in dependencies if reference.name not in RESET]
-
-
-def _builtin_base(container: Any) -> Any:
-    return next(
-        base for base in type(container).__mro__ if base.__module__ in ("builtins", "collections")
-    )
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from diagconv_tf.rewriting import restore, rewrite
 from diagconv_tf.rules import DEFAULT_RULES, Rule
 from diagconv_tf.spec import Conditions, ConvSpec
 from diagconv_tf.step_timer import StepTimer
+from diagconv_tf.tuning import tune
 from diagconv_tf.weight_files import load_weights, save_weights
 
 __version__ = "0.1.0"
@@ -40,5 +41,6 @@ __all__ = [
     "restore",
     "rewrite",
     "save_weights",
+    "tune",
     "why_not",
 ]

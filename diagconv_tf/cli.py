@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 import keras
 from rich.console import Console
 
-from diagconv_tf import __version__, model_files
+from diagconv_tf import __version__, files, model_files
+from diagconv_tf.cache import ENVIRONMENT_VARIABLE, Cache, CacheEntry
 from diagconv_tf.exporting import ExportError, export
 from diagconv_tf.inspection import STOCK, inspect_as_built, inspect_model
 from diagconv_tf.lowerings import ACCEPTED, DEFAULT_LOWERING, parse, why_not
 from diagconv_tf.plan import Plan
 from diagconv_tf.rewriting import restore, rewrite
 from diagconv_tf.spec import Conditions, ConvSpec
+from diagconv_tf.tuning import tune
 
 _PROGRAM = "diagconv"
 
@@ -102,6 +104,55 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PATTERN",
             help=f"{words} layers of this path or glob; may be repeated",
         )
+
+    command = _add_command(
+        commands,
+        "tune",
+        _tune,
+        "measure which lowering trains each layer fastest, and write it as a plan",
+        [
+            "tune model.keras --batch_size=64 --out=plan.json",
+            "tune model.keras --batch_size=64 --out=plan.json --jit_compile=true "
+            "--budget_seconds=300",
+            "rewrite model.keras fast.keras --plan=plan.json",
+        ],
+    )
+    _add_input(command)
+    command.add_argument(
+        "--batch_size", type=_whole_number, required=True, metavar="N", help="images in a batch"
+    )
+    command.add_argument("--out", required=True, metavar="PLAN", help="a file for the plan (JSON)")
+    command.add_argument("--overwrite", action="store_true", help="replace PLAN if it exists")
+    command.add_argument(
+        "--jit_compile",
+        choices=("auto", "true", "false"),
+        default="auto",
+        help="whether training will be compiled; auto: as the model was (default: %(default)s)",
+    )
+    command.add_argument(
+        "--budget_seconds",
+        type=_seconds,
+        metavar="S",
+        help="measure for about so long (default: as long as it takes)",
+    )
+    _add_cache_folder(command)
+    command.add_argument(
+        "--refresh", action="store_true", help="measure again what the cache knows"
+    )
+    command.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+    command = _add_command(
+        commands,
+        "cache",
+        _cache,
+        "list or remove the measurements that `tune` has kept",
+        ["cache --list", "cache --list --json", "cache --clear"],
+    )
+    action = command.add_mutually_exclusive_group(required=True)
+    action.add_argument("--list", action="store_true", help="print what is there")
+    action.add_argument("--clear", action="store_true", help="remove all of it")
+    _add_cache_folder(command)
+    command.add_argument("--json", action="store_true", help="print JSON")
 
     command = _add_command(
         commands,
@@ -187,6 +238,15 @@ def _add_output(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
+def _add_cache_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--cache_dir",
+        metavar="FOLDER",
+        help=f"where measurements are kept (default: {ENVIRONMENT_VARIABLE}, else the user's "
+        "cache folder)",
+    )
+
+
 def _inspect(options: argparse.Namespace) -> int:
     inspection = inspect_model(_load(options), options.batch_size)
     print(inspection.to_json() if options.json else inspection)
@@ -220,6 +280,56 @@ def _export(options: argparse.Namespace) -> int:
         )
     print(report.to_json() if options.json else report)
     return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    files.check_output(options.out, options.overwrite)
+    plan = tune(
+        _load(options),
+        options.batch_size,
+        jit_compile={"auto": "auto", "true": True, "false": False}[options.jit_compile],
+        budget_seconds=options.budget_seconds,
+        cache_dir=options.cache_dir,
+        refresh=options.refresh,
+    )
+    plan.save(options.out, options.overwrite)
+    print(plan.to_json() if options.json else plan)
+    return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    cache = Cache(options.cache_dir)
+    if options.clear:
+        removed = cache.clear()
+        content = {"folder": str(cache.folder), "removed": removed}
+        print(json.dumps(content) if options.json else f"{cache.folder}: {removed} removed")
+        return 0
+    entries = list(cache.entries())
+    if options.json:
+        content = {"folder": str(cache.folder), "entries": [e.to_dict() for e in entries]}
+        print(json.dumps(content, indent=2))
+        return 0
+    print(f"{cache.folder}: {len(entries)} entries")
+    for entry in entries:
+        print(_describe(entry))
+    return 0
+
+
+def _describe(entry: CacheEntry) -> str:
+    where = entry.key.get("conditions", {})
+    compiled = "compiled" if where.get("compiled") else "not compiled"
+    spec = entry.key.get("spec")
+    if spec is None:
+        what = f"training steps of {entry.key.get('name')}, batch of {entry.key.get('batch_size')}"
+    else:
+        of = "stock" if "stock_op" in entry.key else "lowerings"
+        kernel = "×".join(map(str, spec["kernel_size"]))
+        sizes = "×".join(str(spec[name]) for name in ("batch", "height", "width", "groups"))
+        what = f"{of}: {kernel} on {sizes}, {spec['compute_dtype']}"
+    return (
+        f"{what}; {where.get('backend')}, {compiled}, {where.get('device_kind')}: "
+        f"{len(entry.measured)} times"
+    )
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -294,6 +404,16 @@ def _whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number >= 1. Received: {text}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds above 0. Received: {text}")
+    return seconds
 
 
 def _one_line(error: BaseException) -> str:

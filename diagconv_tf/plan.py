@@ -11,9 +11,10 @@ from typing import Any
 
 import keras
 
-from diagconv_tf import files
+from diagconv_tf import files, json_text, plan_table
 from diagconv_tf.inspection import STOCK, ConvolutionRow, inspect_as_built
 from diagconv_tf.lowerings import LoweringLike, parse
+from diagconv_tf.measurements import Measured, ProblemMeasurements, spec_from_dict
 from diagconv_tf.spec import Conditions, ConvSpec
 
 _FORMAT = 1
@@ -29,6 +30,12 @@ class Plan:
             Keras's own. A problem fits a layer whatever the batch; where a
             layer leaves its height or width open, any fits.
         overrides: layer path → the same; they come before `lowerings`.
+        reason: why these choices, in a sentence; empty where nobody said.
+        batch_size: images in the batches of the measurements.
+        problems: what `tune` measured of each problem.
+        steps: variant of the whole model → times of its training step:
+            `"stock"`, `"plan"` (the choice of each problem) or a lowering that
+            all layers had.
 
     Raises:
         ValueError: if a lowering is not known.
@@ -37,6 +44,10 @@ class Plan:
     conditions: Conditions
     lowerings: Mapping[ConvSpec, LoweringLike] = dataclasses.field(default_factory=dict)
     overrides: Mapping[str, LoweringLike] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+    batch_size: int | None = None
+    problems: tuple[ProblemMeasurements, ...] = ()
+    steps: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for lowering in (*self.lowerings.values(), *self.overrides.values()):
@@ -79,18 +90,26 @@ class Plan:
 
     def to_json(self) -> str:
         """The text that `save` writes."""
-        return json.dumps(
-            {
-                "format": _FORMAT,
-                "conditions": dataclasses.asdict(self.conditions),
-                "lowerings": [
-                    {"lowering": _plain(lowering), "spec": dataclasses.asdict(spec)}
-                    for spec, lowering in self.lowerings.items()
-                ],
-                "overrides": {path: _plain(value) for path, value in self.overrides.items()},
-            },
-            indent=2,
-        )
+        fields: dict[str, Any] = {
+            "format": _FORMAT,
+            "reason": self.reason,
+            "batch_size": self.batch_size,
+            "conditions": dataclasses.asdict(self.conditions),
+            "lowerings": [
+                {"lowering": _plain(lowering), "spec": dataclasses.asdict(spec)}
+                for spec, lowering in self.lowerings.items()
+            ],
+            "overrides": {path: _plain(value) for path, value in self.overrides.items()},
+            "steps": {name: step.to_dict() for name, step in self.steps.items()},
+            "problems": [problem.to_dict() for problem in self.problems],
+        }
+        return json_text.dumps(fields)
+
+    def __rich__(self) -> Any:
+        return plan_table.render(self)
+
+    def __str__(self) -> str:
+        return plan_table.as_text(self)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -108,9 +127,15 @@ class Plan:
             return cls(
                 conditions=Conditions(**conditions),
                 lowerings={
-                    _spec_from(entry["spec"]): entry["lowering"] for entry in fields["lowerings"]
+                    spec_from_dict(entry["spec"]): entry["lowering"]
+                    for entry in fields["lowerings"]
                 },
                 overrides=fields["overrides"],
+                # Plans made by hand have no measurements.
+                reason=fields.get("reason", ""),
+                batch_size=fields.get("batch_size"),
+                problems=tuple(map(ProblemMeasurements.from_dict, fields.get("problems", ()))),
+                steps={k: Measured.from_dict(v) for k, v in fields.get("steps", {}).items()},
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"Expected a plan as `Plan.save` writes it: {error}") from error
@@ -147,10 +172,6 @@ def _fits(planned: ConvSpec, spec: ConvSpec) -> bool:
         )
         == spec
     )
-
-
-def _spec_from(fields: dict[str, Any]) -> ConvSpec:
-    return ConvSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 
 
 def _plain(lowering: LoweringLike) -> str | dict[str, str]:

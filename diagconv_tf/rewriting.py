@@ -219,6 +219,8 @@ def _renew_compiled_functions(model: keras.Model) -> None:
     for candidate in (model, *models):
         for kind in ("train", "test", "predict"):
             if getattr(candidate, f"{kind}_function", None) is not None:
+                # JAX finds compiled programs by equal functions, while one lives.
+                setattr(candidate, f"{kind}_function", None)
                 getattr(candidate, f"make_{kind}_function")(force=True)
 
 

@@ -1,0 +1,167 @@
+"""Measurements on disk, so that nothing is measured twice.
+
+One small JSON file per thing that was measured, named by a hash of all that its
+times depend on, which the file also holds in words. Files are written aside and
+renamed, under a lock: any number of processes may share a folder. Whatever is
+wrong with the folder or a file costs one warning and the time to measure again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import filelock
+import platformdirs
+from absl import logging
+
+from diagconv_tf import files, json_text
+from diagconv_tf.measurements import Measured
+
+#: Names the folder, where the argument does not.
+ENVIRONMENT_VARIABLE = "DIAGCONV_CACHE_DIR"
+
+_FORMAT = 1
+_LOCK_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheEntry:
+    """One file of the cache.
+
+    Attributes:
+        path: the file.
+        key: what was measured, and where.
+        measured: name → times.
+    """
+
+    path: pathlib.Path
+    key: Mapping[str, Any]
+    measured: Mapping[str, Measured]
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON's types."""
+        return {
+            "path": str(self.path),
+            "key": dict(self.key),
+            "measured": {name: m.to_dict() for name, m in self.measured.items()},
+        }
+
+
+def cache_folder(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
+    """`cache_dir`, else what `DIAGCONV_CACHE_DIR` names, else the user's cache."""
+    chosen = cache_dir or os.environ.get(ENVIRONMENT_VARIABLE)
+    return pathlib.Path(chosen or platformdirs.user_cache_dir("diagconv_tf")).expanduser()
+
+
+class Cache:
+    """Measurements by key.
+
+    A key is a dict in JSON's types. It must hold all that times depend on.
+
+    Args:
+        cache_dir: the folder; None means `DIAGCONV_CACHE_DIR`, or the user's
+            cache folder. It is made when something is written.
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike | None = None) -> None:
+        self.folder = cache_folder(cache_dir)
+        self._warned = False
+
+    def read(self, key: Mapping[str, Any]) -> dict[str, Measured]:
+        """Name → times of what was measured for `key`; empty where nothing was."""
+        path = self._path(key)
+        try:
+            return dict(_read(path).measured)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            self._warn("read", path, error)
+            return {}
+
+    def add(self, key: Mapping[str, Any], measured: Mapping[str, Measured]) -> None:
+        """Adds to what is there for `key`; the new replaces the old of the same name."""
+        path = self._path(key)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS):
+                merged = {**self.read(key), **measured}
+                content = CacheEntry(path, key, merged).to_dict()
+                del content["path"]
+                files.write_text(path, json_text.dumps({"format": _FORMAT, **content}))
+        except (OSError, filelock.Timeout) as error:
+            self._warn("write", path, error)
+
+    def entries(self) -> Iterator[CacheEntry]:
+        """Everything that can be read, in the order of the files' names."""
+        for path in self._files():
+            try:
+                yield _read(path)
+            except (OSError, ValueError) as error:
+                self._warn("read", path, error)
+
+    def clear(self) -> int:
+        """Removes all entries, readable or not.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            OSError: if one cannot be removed.
+        """
+        paths = self._files()
+        if paths:
+            with filelock.FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS):
+                for path in paths:
+                    path.unlink(missing_ok=True)
+        return len(paths)
+
+    def _files(self) -> list[pathlib.Path]:
+        # Only names that the cache gives: the folder may be anybody's.
+        try:
+            return sorted(self.folder.glob("*-" + "[0-9a-f]" * 32 + ".json"))
+        except OSError:
+            return []
+
+    def _path(self, key: Mapping[str, Any]) -> pathlib.Path:
+        return self.folder / f"{key['what']}-{_hash(key)}.json"
+
+    def _warn(self, verb: str, path: pathlib.Path, error: Exception) -> None:
+        if not self._warned:
+            logging.warning(
+                "The cache of measurements cannot be %s, and what is missing is measured again: "
+                "%s: %s",
+                {"read": "read", "write": "written"}[verb],
+                path,
+                " ".join(str(error).split()),
+            )
+        self._warned = True
+
+
+def fingerprint(value: Any) -> str:
+    """A short hash of something in JSON's types."""
+    return _hash(value)[:12]
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _read(path: pathlib.Path) -> CacheEntry:
+    fields = json.loads(path.read_text())
+    try:
+        if fields["format"] != _FORMAT:
+            raise ValueError(f"another format: {fields['format']!r}")
+        measured = {name: Measured.from_dict(m) for name, m in fields["measured"].items()}
+        key = fields["key"]
+        if path.stem != f"{key['what']}-{_hash(key)}":
+            raise ValueError("the content is not that of the name")
+        return CacheEntry(path, key, measured)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not an entry of the cache: {error!r}") from error

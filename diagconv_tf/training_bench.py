@@ -1,0 +1,183 @@
+"""Times whole training steps of a model's variants, in turn, on one copy of it.
+
+A variant is a lowering for each layer. Layers change class in place, so all
+variants share one copy of the model, its weights and its optimizer: after the
+change Keras makes a training function, whose first call traces and compiles.
+Functions compiled earlier stay what they were; but because an uncompiled one
+reads the layers at each call, a variant's classes are set before every step,
+which takes microseconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+from absl import logging
+
+from diagconv_tf.copying import copy_model
+from diagconv_tf.inspection import STOCK
+from diagconv_tf.lowerings import LoweringLike
+from diagconv_tf.measurements import Measured
+from diagconv_tf.model_tree import place_layers
+from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
+from diagconv_tf.sample_batch import sample_batch
+from diagconv_tf.timing import time_interleaved
+
+#: Layer path → lowering; what is not named is stock.
+Variant = Mapping[str, LoweringLike]
+
+#: Timed steps of each variant that is left after the first.
+ROUNDS = 11
+
+#: The timed rounds end after so many seconds (but not before the first).
+ROUNDS_SECONDS = 30.0
+
+#: A variant whose first timed step took so many times as long as the best
+#: other's is dropped; stock is not.
+DROP_ABOVE = 2.0
+
+#: Rate of the descent that an uncompiled model is tuned with.
+_LEARNING_RATE = 1e-3
+
+
+class TrainingBench:
+    """A copy of a model, to be trained in several variants.
+
+    Args:
+        model: a built model; it is not changed.
+        batch_size: images in a batch.
+        data: a sample batch, or None; see `sample_batch`.
+        jit_compile: as for `compile`; `"auto"` keeps what the model has.
+        rules: which layers can be rewritten.
+        clock: returns the time in seconds.
+
+    Raises:
+        ValueError: if no faithful copy can be made, or no inputs made up.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        batch_size: int,
+        data: Any = None,
+        jit_compile: bool | str = "auto",
+        rules: Sequence[Rule] = DEFAULT_RULES,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.clock = clock
+        self.model = copy_model(model)
+        if not self.model.compiled:
+            logging.warning(
+                "%s is not compiled: it is tuned with a mean of squares and plain gradient "
+                "descent.",
+                model.name,
+            )
+            self.model.compile(keras.optimizers.SGD(_LEARNING_RATE), "mse", jit_compile=jit_compile)
+        elif jit_compile != "auto":
+            self.model.jit_compile = jit_compile
+        # Of several steps in one execution, time is the multiple.
+        self.model.steps_per_execution = 1
+        self.batch = sample_batch(self.model, batch_size, data)
+        self._layers = {
+            place.path: (place.layer, find_rule(place.layer, rules))
+            for place in place_layers(self.model)
+            if find_rule(place.layer, rules) is not None
+        }
+        self._variants: dict[str, _Compiled] = {}
+        self.first: dict[str, Measured] = {}
+
+    def add(self, name: str, variant: Variant) -> Measured:
+        """Makes a variant, and runs its first step.
+
+        Returns:
+            The seconds of the first step, or its error.
+        """
+        self._set_lowerings(variant)
+        self._make_train_function()
+        self._variants[name] = _Compiled(
+            [
+                (layer, type(layer), vars(layer).get("_lowering"))
+                for layer, _ in self._layers.values()
+            ],
+            self.model.train_function,
+        )
+        timings = time_interleaved(
+            {name: lambda: self._step(name)}, rounds=1, warmup=0, clock=self.clock
+        )[name]
+        self.first[name] = Measured.from_timings(timings)
+        return self.first[name]
+
+    def time(
+        self,
+        names: Sequence[str],
+        rounds: int = ROUNDS,
+        seconds: float = ROUNDS_SECONDS,
+    ) -> dict[str, Measured]:
+        """Times of the training steps of variants that were added, in turn."""
+        measured = {name: self.first[name] for name in names}
+        running = [name for name in names if measured[name].ok]
+        best = min((measured[name].median for name in running), default=0.0)
+        left = [n for n in running if n == STOCK or measured[n].median <= DROP_ABOVE * best]
+        if left:
+            timings = time_interleaved(
+                {name: (lambda name=name: self._step(name)) for name in left},
+                rounds=rounds,
+                warmup=0,
+                budget_seconds=seconds,
+                clock=self.clock,
+            )
+            for name in left:
+                first_seconds = self.first[name].first_seconds
+                measured[name] = Measured.from_timings(timings[name], first_seconds)
+        return measured
+
+    def _make_train_function(self) -> None:
+        train_step = self.model.train_step
+
+        # JAX finds what it has compiled by the function: it must be another one
+        # each time, or all variants would run the first one's program.
+        def step_of_variant(*args: Any, **kwargs: Any) -> Any:
+            return train_step(*args, **kwargs)
+
+        vars(self.model)["train_step"] = step_of_variant
+        try:
+            self.model.make_train_function(force=True)
+        finally:
+            del vars(self.model)["train_step"]
+
+    def _set_lowerings(self, variant: Variant) -> None:
+        for path, (layer, rule) in self._layers.items():
+            lowering = variant.get(path, STOCK)
+            if lowering == STOCK:
+                layer.__class__ = rule.source
+                vars(layer).pop("_lowering", None)
+            else:
+                layer.__class__ = rule.replacement
+                layer.lowering = lowering
+
+    def _step(self, name: str) -> Any:
+        self._variants[name].set_layers()
+        self.model.train_function = self._variants[name].train_function
+        batch = self.batch
+        return self.model.train_on_batch(batch.x, batch.y, batch.sample_weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """A variant: its layers' classes and lowerings, and its training function."""
+
+    layers: list[tuple[Any, type, Any]]
+    train_function: Any
+
+    def set_layers(self) -> None:
+        for layer, cls, lowering in self.layers:
+            # Past Keras's bookkeeping of attributes, which would be timed.
+            object.__setattr__(layer, "__class__", cls)
+            if lowering is None:
+                vars(layer).pop("_lowering", None)
+            else:
+                vars(layer)["_lowering"] = lowering

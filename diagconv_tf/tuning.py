@@ -1,0 +1,452 @@
+"""tune: which lowering is the fastest for each layer, where the model will train.
+
+Every distinct problem is measured alone, pass by pass; but under a compiler that
+fuses, times of layers do not add up. So the whole model decides: the training
+step of stock, of the best choices, and of single lowerings for all layers, timed
+in turn. What is not faster than stock there is not chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+from absl import logging
+from keras.src.trainers.trainer import model_supports_jit
+
+from diagconv_tf import candidates, choosing, tuning_keys
+from diagconv_tf.cache import Cache
+from diagconv_tf.candidates import Problem
+from diagconv_tf.inspection import STOCK, ConvolutionRow, Inspection, inspect_model
+from diagconv_tf.lowerings import LoweringLike, why_not
+from diagconv_tf.measurements import Measured, ProblemMeasurements
+from diagconv_tf.measuring import ProblemBench
+from diagconv_tf.plan import Plan
+from diagconv_tf.progress import Progress
+from diagconv_tf.rules import DEFAULT_RULES, Rule
+from diagconv_tf.sample_batch import check_inputs_can_be_made_up
+from diagconv_tf.spec import PASSES, Conditions
+from diagconv_tf.training_bench import ROUNDS_SECONDS, TrainingBench, Variant
+
+#: The variant in which each problem has its own choice.
+PLAN = "plan"
+
+#: Other sizes of blocks are tried where the best blocks are within this factor
+#: of the best of all.
+_NEAR_THE_BEST = 1.5
+
+#: A single lowering is tried in the whole model where the times of its layers
+#: add up to no more than so many times those of the plan; the best two of them.
+_PROMISING = 1.5
+_MOST_UNIFORM = 2
+
+#: Of a budget, what the steps of the whole model need is kept free: so many
+#: first steps of stock (a plan's takes up to twice as long), and single steps.
+_FIRST_STEPS_RESERVED = 2.5
+_STEPS_RESERVED = 8
+
+
+def tune(
+    model: keras.Model,
+    batch_size: int,
+    *,
+    data: Any = None,
+    jit_compile: bool | str = "auto",
+    budget_seconds: float | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    refresh: bool = False,
+    rules: Sequence[Rule] = DEFAULT_RULES,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Plan:
+    """Measures which lowering trains each layer of a model fastest, here.
+
+    The model is not changed; a copy of it is trained, with its loss and its
+    optimizer. A model that is not compiled is tuned with a mean of squares and
+    plain gradient descent.
+
+    Args:
+        model: a built model.
+        batch_size: images in a batch, as it will be trained.
+        data: a sample batch as `fit` takes it, `x`, `(x, y)` or
+            `(x, y, sample_weight)`; for models whose inputs cannot be made up
+            (integers, text, open sizes), or whose targets cannot.
+        jit_compile: as for `compile`: whether the training step will be
+            compiled. `"auto"` means as the model was compiled.
+        budget_seconds: measure for about so many seconds. Problems with few
+            FLOPs are then left out first, and get the choice of the most
+            similar one that was measured, or stay stock. The steps of stock
+            and of the plan are timed even if that takes longer. None means as
+            long as it takes.
+        cache_dir: where measurements are kept; None means what
+            `DIAGCONV_CACHE_DIR` names, else the user's cache folder.
+        refresh: measure again what the cache knows.
+        rules: which layer classes can become which.
+        clock: returns the time in seconds.
+
+    Returns:
+        A plan for `rewrite`, with all that was measured. Where nothing is
+        faster than stock by more than the spread, all its choices are
+        `"stock"`, and its `reason` says so.
+
+    Raises:
+        ValueError: if `model` is not a built Keras model or cannot be copied
+            faithfully, an argument is out of range, `data` is needed, or the
+            model cannot be trained.
+    """
+    _check_arguments(batch_size, jit_compile, budget_seconds)
+    inspection = inspect_model(model, batch_size, data=data, rules=rules)
+    if inspection.unknown:
+        raise ValueError(
+            f"Expected a model that can be called. Received: '{model.name}': {inspection.unknown}"
+        )
+    if data is None:
+        check_inputs_can_be_made_up(model, batch_size)
+    tuner = _Tuner(
+        model=model,
+        inspection=inspection,
+        conditions=Conditions.current(_will_be_compiled(model, jit_compile)),
+        cache=Cache(cache_dir),
+        refresh=refresh,
+        clock=clock,
+        deadline=None if budget_seconds is None else clock() + budget_seconds,
+        make_bench=lambda: TrainingBench(model, batch_size, data, jit_compile, rules, clock),
+        data=data,
+    )
+    plan = tuner.run()
+    logging.info("%s: %s", model.name, plan.reason)
+    return plan
+
+
+def _check_arguments(batch_size: Any, jit_compile: Any, budget_seconds: Any) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"Expected `batch_size` to be an integer >= 1. Received: {batch_size!r}")
+    if jit_compile not in (True, False, "auto"):
+        raise ValueError(
+            f'Expected `jit_compile` to be True, False or "auto". Received: {jit_compile!r}'
+        )
+    if budget_seconds is not None and not budget_seconds > 0:
+        raise ValueError(
+            f"Expected `budget_seconds` to be above 0 or None. Received: {budget_seconds!r}"
+        )
+
+
+def _will_be_compiled(model: keras.Model, jit_compile: bool | str) -> bool:
+    if jit_compile == "auto":
+        # Reading the property of a model that is not compiled would set it.
+        return bool(model.jit_compile if model.compiled else model._resolve_auto_jit_compile())
+    return bool(jit_compile) and model_supports_jit(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """The layers that pose one problem."""
+
+    problem: Problem
+    rows: tuple[ConvolutionRow, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(row.path for row in self.rows)
+
+    @property
+    def flops(self) -> int:
+        return sum(row.flops or 0 for row in self.rows)
+
+
+@dataclasses.dataclass
+class _Tuner:
+    """One run of `tune`."""
+
+    model: keras.Model
+    inspection: Inspection
+    conditions: Conditions
+    cache: Cache
+    refresh: bool
+    clock: Callable[[], float]
+    deadline: float | None
+    make_bench: Callable[[], TrainingBench]
+    data: Any
+    bench: TrainingBench | None = None
+    reserved: float = 0.0
+
+    def run(self) -> Plan:
+        groups = _group(self.inspection)
+        if not groups:
+            return self._plan({}, (), {}, "No convolution with groups can be rewritten.")
+        with Progress(len(groups) * len(PASSES) + 2) as progress:
+            problems = self._measure_problems(groups, progress)
+            variants = self._variants(problems)
+            progress.report("whole training steps", len(groups) * len(PASSES))
+            steps = self._measure_variants(variants, progress)
+        choice = choosing.choose_variant(steps)
+        return self._plan(variants[choice.name], problems, steps, f"{choice.name}: {choice.reason}")
+
+    def _measure_problems(
+        self, groups: Sequence[_Layers], progress: Progress
+    ) -> tuple[ProblemMeasurements, ...]:
+        measured: list[ProblemMeasurements] = []
+        left_out: list[_Layers] = []
+        for index, group in enumerate(groups):
+            progress.report(group.paths[0], index * len(PASSES))
+            passes = self._measure_problem(group, progress)
+            if set(passes) != set(PASSES):
+                left_out.append(group)
+                continue
+            choice = choosing.choose_lowering(passes, group.problem.native_is_stock)
+            measured.append(_measurements(group, passes, choice))
+        known = list(measured)
+        for group in left_out:
+            measured.append(_measurements(group, {}, _choice_by_similarity(group.problem, known)))
+        return tuple(measured)
+
+    def _measure_problem(
+        self, group: _Layers, progress: Progress
+    ) -> dict[str, dict[str, Measured]]:
+        """Pass → candidate → times; passes are missing where time was short."""
+        problem = group.problem
+        keys = {
+            name: tuning_keys.of_problem(problem, name, self.conditions)
+            for name in (STOCK, "lowerings")
+        }
+        known = {} if self.refresh else self._read_problem(keys)
+        bench: ProblemBench | None = None
+        passes: dict[str, dict[str, Measured]] = {}
+        for pass_name in PASSES:
+            found: dict[str, Measured] = {}
+            for names in self._waves(problem, found):
+                missing = [n for n in names if f"{pass_name}/{n}" not in known]
+                if missing:
+                    if self.bench is None:
+                        self._start()
+                    if self._seconds_left(self.reserved) <= 0:
+                        if not found:
+                            return passes
+                        break
+                    bench = bench or ProblemBench(problem, self.conditions, self.clock)
+                    times = [m.median for m in found.values() if m.ok]
+                    new = bench.measure(pass_name, missing, min(times, default=None))
+                    new = {f"{pass_name}/{name}": m for name, m in new.items()}
+                    known.update(new)
+                    self._write_problem(keys, new)
+                found.update((n, known[f"{pass_name}/{n}"]) for n in names)
+            passes[pass_name] = found
+            progress.advance()
+        return passes
+
+    def _waves(self, problem: Problem, found: Mapping[str, Measured]) -> Iterator[list[str]]:
+        """Candidates to measure together; what comes later depends on what was `found`."""
+        yield candidates.first_candidates(problem, self.conditions)
+        times = {name: m.median for name, m in found.items() if m.ok}
+        blocks = [time for name, time in times.items() if name.startswith(("diagonal", "dense"))]
+        if blocks and min(blocks) <= _NEAR_THE_BEST * min(times.values()):
+            yield candidates.further_candidates(problem, self.conditions)
+
+    def _read_problem(self, keys: Mapping[str, Any]) -> dict[str, Measured]:
+        return {n: m for key in keys.values() for n, m in self.cache.read(key).items()}
+
+    def _write_problem(self, keys: Mapping[str, Any], new: Mapping[str, Measured]) -> None:
+        # What stock runs depends on the layer, what lowerings do does not.
+        stock = {name: m for name, m in new.items() if name.endswith(f"/{STOCK}")}
+        for key, part in (
+            (keys[STOCK], stock),
+            (keys["lowerings"], {n: m for n, m in new.items() if n not in stock}),
+        ):
+            if part:
+                self.cache.add(key, part)
+
+    def _start(self) -> None:
+        """Trains stock for a step: that tells what to keep time for.
+
+        Raises:
+            ValueError: if the model cannot be trained, in stock or in any other
+                layers; asked before hours of measuring.
+        """
+        self.bench = self.make_bench()
+        stock = self.bench.add(STOCK, {})
+        if not stock.ok:
+            native = {row.path: "native" for row in self.inspection.rows if row.eligible}
+            if not self.bench.add("native", native).ok:
+                _raise_untrainable(self.model, stock, self.bench.batch.made_up)
+        if stock.ok and self.deadline is not None:
+            self.reserved = (
+                _FIRST_STEPS_RESERVED * stock.first_seconds + _STEPS_RESERVED * stock.median
+            )
+
+    def _variants(self, problems: Sequence[ProblemMeasurements]) -> dict[str, Variant]:
+        """What is timed in the whole model, by name."""
+        rows = {row.path: row for row in self.inspection.rows}
+        plan = {path: p.choice for p in problems for path in p.layers if p.choice != STOCK}
+        variants: dict[str, Variant] = {STOCK: {}, PLAN: plan}
+        for name in _promising(problems):
+            variant = {
+                path: name
+                for problem in problems
+                for path in problem.layers
+                if not any(
+                    why_not(spec, name, conditions=self.conditions) for spec in rows[path].specs
+                )
+            }
+            if variant and variant not in variants.values():
+                variants[name] = variant
+        if not plan:
+            del variants[PLAN]
+        return variants
+
+    def _measure_variants(
+        self, variants: Mapping[str, Variant], progress: Progress
+    ) -> dict[str, Measured]:
+        key = tuning_keys.of_training_step(
+            self.model, self.inspection, self.data, self.conditions, variants
+        )
+        if not self.refresh:
+            known = self.cache.read(key)
+            least = variants if self.deadline is None else {STOCK, PLAN} & set(variants)
+            if known and set(least) <= set(known):
+                return {name: known[name] for name in variants if name in known}
+        if self.bench is None:
+            self._start()
+        bench = self.bench
+        names = [STOCK]
+        for name, variant in variants.items():
+            if name == STOCK:
+                continue
+            expected = 1.5 * (bench.first[STOCK].first_seconds or 0.0)
+            if name != PLAN and self._seconds_left(expected) <= 0:
+                continue
+            bench.add(name, variant)
+            names.append(name)
+        progress.advance()
+        left = self._seconds_left(0.0)
+        steps = bench.time(names, seconds=max(min(ROUNDS_SECONDS, left), 1e-3))
+        progress.advance()
+        self.cache.add(key, steps)
+        return steps
+
+    def _seconds_left(self, reserved: float) -> float:
+        if self.deadline is None:
+            return float("inf")
+        return self.deadline - self.clock() - reserved
+
+    def _plan(
+        self,
+        variant: Variant,
+        problems: tuple[ProblemMeasurements, ...],
+        steps: Mapping[str, Measured],
+        reason: str,
+    ) -> Plan:
+        wanted = {path: variant.get(path, STOCK) for p in problems for path in p.layers}
+        plan = Plan(
+            conditions=self.conditions,
+            lowerings={p.spec: wanted[p.layers[0]] for p in reversed(problems)},
+            reason=reason,
+            batch_size=self.inspection.batch_size,
+            problems=problems,
+            steps=steps,
+        )
+        return dataclasses.replace(plan, overrides=self._overrides(plan, wanted))
+
+    def _overrides(self, plan: Plan, wanted: Mapping[str, LoweringLike]) -> dict[str, LoweringLike]:
+        """Paths of layers for which the problem does not say what is wanted.
+
+        So it is where two classes pose the same problem, or sizes are open,
+        and then several problems fit.
+        """
+        rows = self.inspection.rows
+        if self.data is not None:
+            rows = inspect_model(self.model).rows
+        overrides = {}
+        for row in rows:
+            if row.path not in wanted:
+                continue
+            try:
+                found = plan.lowering_for(row)
+            except ValueError:
+                found = None
+            if found != wanted[row.path]:
+                overrides[row.path] = wanted[row.path]
+        return overrides
+
+
+def _group(inspection: Inspection) -> list[_Layers]:
+    """The distinct problems, the most FLOPs first."""
+    groups: dict[Problem, list[ConvolutionRow]] = {}
+    for row in inspection.rows:
+        if row.eligible and row.main_spec is not None:
+            is_conv = isinstance(row.layer, keras.layers.Conv2D)
+            problem = Problem(row.main_spec, "conv" if is_conv else "depthwise_conv")
+            groups.setdefault(problem, []).append(row)
+    layers = [_Layers(problem, tuple(rows)) for problem, rows in groups.items()]
+    return sorted(layers, key=lambda group: -group.flops)
+
+
+def _measurements(
+    group: _Layers, passes: Mapping[str, Mapping[str, Measured]], choice: choosing.Choice
+) -> ProblemMeasurements:
+    problem = group.problem
+    return ProblemMeasurements(
+        problem.spec, problem.stock_op, group.paths, passes, choice.name, choice.reason
+    )
+
+
+def _choice_by_similarity(
+    problem: Problem, known: Sequence[ProblemMeasurements]
+) -> choosing.Choice:
+    """The choice of the most similar problem that was measured, or stock."""
+    near = [
+        (candidates.similarity(problem.spec, other.spec), index)
+        for index, other in enumerate(known)
+        if other.stock_op == problem.stock_op
+        and (other.choice == STOCK or not why_not(problem.spec, other.choice))
+    ]
+    distance, index = min(near, default=(float("inf"), -1))
+    if distance == float("inf"):
+        return choosing.Choice(STOCK, "not measured: no time was left, and nothing is similar")
+    other = known[index]
+    return choosing.Choice(
+        other.choice, f"not measured: no time was left; as {other.layers[0]}, the most similar"
+    )
+
+
+def _promising(problems: Sequence[ProblemMeasurements]) -> list[str]:
+    """Lowerings that all layers might have, the fastest first."""
+    measured = [problem for problem in problems if problem.passes]
+    best = sum(len(p.layers) * _sum_of_passes(p, None) for p in measured)
+    names = {name for p in measured for passes in p.passes.values() for name in passes}
+    totals = {
+        name: sum(len(p.layers) * _sum_of_passes(p, name) for p in measured)
+        for name in names - {STOCK}
+    }
+    near = [name for name in totals if totals[name] <= _PROMISING * best]
+    return sorted(near, key=lambda name: (totals[name], name))[:_MOST_UNIFORM]
+
+
+def _sum_of_passes(problem: ProblemMeasurements, name: str | None) -> float:
+    """Seconds of the three passes with one lowering, or with the best of each.
+
+    Where the lowering was not measured, stock stands in for it, as it will.
+    """
+    seconds = 0.0
+    for candidates_of_pass in problem.passes.values():
+        times = {n: m.median for n, m in candidates_of_pass.items() if m.ok}
+        if name is None:
+            seconds += min(times.values(), default=0.0)
+        elif name in times:
+            seconds += times[name]
+        elif name in candidates_of_pass:
+            return float("inf")  # It failed.
+        else:
+            seconds += times.get(STOCK, float("inf"))
+    return seconds
+
+
+def _raise_untrainable(model: keras.Model, stock: Measured, made_up: tuple[str, ...]) -> None:
+    advice = "; pass a batch of it as `data`" if made_up else ""
+    of = f", on made-up {' and '.join(made_up)}" if made_up else ""
+    raise ValueError(
+        f"Expected a model that can be trained{advice}. Received: '{model.name}', whose training "
+        f"step fails{of}: {stock.error}"
+    )

@@ -1,17 +1,26 @@
 """Times whole training steps: models x variants, interleaved in one process.
 
 Each variant is the same keras.applications model with the same weights; only
-the way in which its depthwise convolutions run differs:
+the way in which its convolutions with groups run differs:
 
 - `stock`: Keras's own layers;
-- `floor`: every depthwise convolution replaced by its centre tap (same strides
-  and padding, one multiplication), so that what a variant takes above the floor
-  is what its depthwise convolutions cost. It does not compute the same;
+- `floor`: every such convolution replaced by its centre tap (same strides and
+  padding, one multiplication), so that what a variant takes above the floor is
+  what its depthwise convolutions cost. It does not compute the same;
+- `tuned`: the plan in the file that `--plan` names;
 - anything else: a lowering, e.g. `diagonal:32`, or one per pass, written
   `shifted/shifted/diagonal:32` (forward/input gradient/kernel gradient).
 
-The first training step, which compiles, is timed apart; then the variants take
-turns, and medians are compared. Data is random and already on the device.
+Depthwise, separable (Xception) and grouped convolutions (ConvNeXt) count. The
+first training step, which compiles, is timed apart; then the variants of a
+model, precision, batch size and way of compiling take turns, and medians are
+compared. Data is random and already on the device. A sample is
+`--steps_per_sample` steps one after another, as `fit` runs them: the host is
+ahead of the device, which is waited for at the end. A variant that fails is a
+row with its error, and the others go on.
+
+On NVIDIA GPUs `--precision=tf32` is what Keras's float32 means unless it is
+told otherwise, and the default here; `float32` has TF32 switched off.
 
 Example (2 CPU cores, 5 minutes):
 
@@ -21,56 +30,78 @@ Example (2 CPU cores, 5 minutes):
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
-import os
-import pathlib
-import platform
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import bench_common
+import bench_device
 import keras
 import numpy as np
 from absl import app, flags
 from keras import ops
-from rich.console import Console
 from rich.table import Table
 
-import diagconv_tf
-from diagconv_tf import Conditions
+from diagconv_tf import Conditions, ConvSpec, Plan, inspect_model, rewrite
+from diagconv_tf.lowerings import Lowering, LoweringChoice, UniformChoice, parse
+from diagconv_tf.spec import PASSES
 from diagconv_tf.timing import Timings, time_interleaved
 
 MODELS = flags.DEFINE_list("models", ["MobileNet", "MobileNetV2"], "keras.applications models.")
 VARIANTS = flags.DEFINE_list(
     "variants", ["stock", "floor", "native", "diagonal:32", "shifted"], "What to compare."
 )
+PLAN = flags.DEFINE_string(
+    "plan",
+    None,
+    "Plan file of the variant 'tuned'. {model}, {precision} and {batch_size} in the name stand "
+    "for those of each group.",
+)
 SIZE = flags.DEFINE_integer("size", 96, "Height and width of the images, in pixels.", 32)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images a step.", 1)
-PRECISION = flags.DEFINE_enum(
-    "precision", "float32", ["float32", "mixed_bfloat16", "mixed_float16"], "Keras dtype policy."
+BATCH_SIZE = flags.DEFINE_list("batch_size", ["16"], "Images a step; one number or several.")
+PRECISION = flags.DEFINE_list(
+    "precision",
+    None,
+    f"Some of {', '.join(bench_common.PRECISIONS)}; the last two are Keras's mixed policies. "
+    "None: float32, on a GPU tf32.",
 )
-JIT_COMPILE = flags.DEFINE_enum(
-    "jit_compile", "auto", ["auto", "true", "false"], "Whether the step is compiled, as in Keras."
+JIT_COMPILE = flags.DEFINE_list(
+    "jit_compile", ["auto"], "true, false or auto, as in Keras; one or several."
 )
-ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed steps of each variant.", 2)
-BUDGET = flags.DEFINE_float("budget_seconds", None, "Stop the timing of a model after so long.")
-OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed samples of each variant.", 1)
+STEPS = flags.DEFINE_integer(
+    "steps_per_sample", None, "Steps in a sample. None: 1 on a CPU, elsewhere 10.", 1
+)
+BUDGET = flags.DEFINE_float(
+    "budget_seconds", None, "For the whole run; first steps are always finished."
+)
+OUT = flags.DEFINE_string("out", None, "File to write: .json or .csv.")
+PICTURES = flags.DEFINE_string("pictures", None, "Folder for pictures.")
 
-STOCK_LAYERS = {
-    keras.layers.DepthwiseConv2D: diagconv_tf.DiagonalwiseDepthwiseConv2D,
-    keras.layers.SeparableConv2D: diagconv_tf.DiagonalwiseSeparableConv2D,
-    keras.layers.Conv2D: diagconv_tf.DiagonalwiseConv2D,
-}
+#: Classes of the classifier: ImageNet's.
+_CLASSES = 1000
 
 
-class _CentreTap:
-    """In place of `_convolve`: the centre tap of each depthwise kernel."""
+@dataclasses.dataclass(frozen=True)
+class CentreTap(Lowering):
+    """The floor: the centre tap of each depthwise kernel. Not the same function."""
 
-    def _convolve(self, inputs: Any, kernel: Any) -> Any:
-        inputs, kernel = ops.convert_to_tensor(inputs), ops.convert_to_tensor(kernel)
-        spec = self.spec(tuple(inputs.shape))
-        if spec.input_channels_per_group > 1 or spec.output_channels_per_group > 1:
-            raise ValueError(f"The floor is defined for plain depthwise layers. Received: {spec}")
-        kernel = ops.reshape(kernel, spec.kernel_shape)
+    @property
+    def name(self) -> str:
+        return "floor"
+
+    def why_not(self, spec: ConvSpec, pass_name: str, conditions: Conditions) -> list[str]:
+        if spec.input_channels_per_group == 1:
+            return []
+        return ["the floor is defined for one input channel a group"]
+
+    def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
+        multiplier = spec.output_channels_per_group
+        if multiplier > 1:
+            inputs = ops.repeat(inputs, multiplier, axis=spec.channel_axis)
         centre = [(k - 1) // 2 for k in spec.kernel_size]
         padding = spec.padding_for((spec.height, spec.width))
         window = [slice(None)] * 4
@@ -82,172 +113,412 @@ class _CentreTap:
         shape[spec.channel_axis] = spec.output_channels
         return inputs[tuple(window)] * ops.reshape(kernel[centre[0], centre[1], 0], shape)
 
+    def input_gradient(
+        self, spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple
+    ) -> Any:
+        raise NotImplementedError("The framework differentiates the floor.")
+
+    def kernel_gradient(self, spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
+        raise NotImplementedError("The framework differentiates the floor.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """What the variants that are timed in turn have in common."""
+
+    model: str
+    precision: str
+    batch_size: int
+    jit_compile: str
+
+    @property
+    def compiled(self) -> bool:
+        return bench_common.compiled(self.jit_compile)
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One variant of one model. Times are in seconds."""
+    """One variant of one model. Times are in seconds for one step.
+
+    `scripts/results/README.md` says what each column means.
+    """
 
     model: str
+    size: int
+    batch_size: int
+    precision: str
+    jit_compile: str
+    compiled: bool
     variant: str
-    first_step: float
-    median: float
-    p10: float
-    p90: float
-    count: int
-    images_per_second: float
-    over_stock: float | None
-    first_loss: float
+    layers: int = 0
+    rewritten: int = 0
+    first_step: float | None = None
+    median: float | None = None
+    p10: float | None = None
+    p90: float | None = None
+    count: int = 0
+    steps_per_sample: int = 0
+    images_per_second: float | None = None
+    over_stock: float | None = None
+    above_floor_over_stock: float | None = None
+    peak_memory: int | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
     error: str | None = None
 
 
-def set_variant(model: keras.Model, variant: str) -> int:
-    """Makes the model's grouped convolutions compute as `variant` says.
+# One variant
+
+
+class Trainer:
+    """A compiled model and what its training steps need."""
+
+    def __init__(self, group: Group, variant: str, x: Any, y: Any):
+        # The same weights, whatever was made before.
+        bench_common.seed(0)
+        self.model = make_model(group.model)
+        self.layers, self.rewritten = set_variant(self.model, variant, group)
+        jit_compile = {"auto": "auto", "true": True, "false": False}[group.jit_compile]
+        self.model.compile(
+            keras.optimizers.SGD(1e-3, momentum=0.9),
+            "sparse_categorical_crossentropy",
+            jit_compile=jit_compile,
+        )
+        self._batch = (x, y)
+        self._state: Any = None
+        self._last: Any = None
+        self.first_loss: float | None = None
+        self.peak_memory: int | None = None
+
+    def sample(self, steps: int) -> Any:
+        """Trains for `steps` steps; returns what is to be waited for."""
+        if self.first_loss is None:
+            return self._first_step()
+        for _ in range(steps):
+            self._last = self._step()
+        # On JAX a step's state is computed apart from its loss.
+        return self._last, self._state
+
+    def _first_step(self) -> None:
+        loss, memory = bench_device.peak_memory(lambda: self.model.train_on_batch(*self._batch))
+        self.first_loss = float(loss)
+        if keras.backend.backend() == "jax":
+            # Its peak is since the start, so that a later step adds nothing.
+            self.peak_memory = memory
+            self._state = self.model._get_jax_state(
+                trainable_variables=True,
+                non_trainable_variables=True,
+                optimizer_variables=True,
+                metrics_variables=True,
+            )
+
+    def _step(self) -> Any:
+        """What `fit` does for a batch: `train_on_batch` also reads the loss back
+        each time, and on JAX moves all variables.
+        """
+        data = (*self._batch, None)
+        backend = keras.backend.backend()
+        if backend == "jax":
+            # The old state is given away, the model's own variables with it.
+            logs, self._state = self.model.train_function(self._state, iter([data]))
+            return logs
+        return self.model.train_function([data] if backend == "torch" else iter([data]))
+
+    def measure_memory(self, steps: int) -> None:
+        if keras.backend.backend() != "jax":
+            _, self.peak_memory = bench_device.peak_memory(lambda: self.sample(steps))
+
+    @property
+    def last_loss(self) -> float | None:
+        """The mean of the losses since the first step, as Keras's metric has it."""
+        return None if self._last is None else float(self._last["loss"])
+
+
+def make_model(name: str) -> keras.Model:
+    shape = (SIZE.value, SIZE.value, 3)
+    return getattr(keras.applications, name)(weights=None, input_shape=shape, classes=_CLASSES)
+
+
+def set_variant(model: keras.Model, variant: str, group: Group) -> tuple[int, int]:
+    """Makes the model's convolutions with groups compute as `variant` says.
 
     Returns:
-        How many layers were changed.
+        How many there are, and how many of them are not Keras's own now.
+
+    Raises:
+        ValueError: if there are none, or all stay as they were and no plan
+            says so.
     """
-    if variant == "stock":
-        return 0
-    changed = 0
-    for layer in model._flatten_layers(include_self=False):
-        ours = STOCK_LAYERS.get(type(layer))
-        if ours is None or (ours is diagconv_tf.DiagonalwiseConv2D and layer.groups == 1):
-            continue
-        changed += 1
-        if variant == "floor":
-            layer.__class__ = type(f"Floor{ours.__name__}", (_CentreTap, ours), {})
-            continue
-        layer.__class__ = ours
-        passes = variant.split("/")
-        names = ("forward", "input_gradient", "kernel_gradient")
-        layer.lowering = variant if len(passes) == 1 else dict(zip(names, passes, strict=True))
-    return changed
+    if variant == "tuned":
+        name = (PLAN.value or "").format(
+            model=group.model, precision=group.precision, batch_size=group.batch_size
+        )
+        rewrite(model, Plan.load(name), in_place=True)
+    elif variant != "stock":
+        rewrite(model, read_variant(variant), in_place=True)
+    rows = inspect_model(model).rows
+    rewritten = sum(row.lowering != "stock" for row in rows)
+    if not rows or (variant not in ("stock", "tuned") and not rewritten):
+        raise ValueError(
+            f"Expected convolutions with groups that {variant} can compute. Received: "
+            f"{group.model} with {len(rows)}, of which none can be rewritten so"
+        )
+    return len(rows), rewritten
 
 
-def make_model(name: str, variant: str) -> keras.Model:
-    keras.utils.set_random_seed(0)
-    keras.config.set_dtype_policy(PRECISION.value)
-    shape = (SIZE.value, SIZE.value, 3)
-    model = getattr(keras.applications, name)(weights=None, input_shape=shape, classes=1000)
-    if set_variant(model, variant) == 0 and variant != "stock":
-        raise ValueError(f"Expected a model with grouped convolutions. Received: {name}")
-    jit_compile = {"auto": "auto", "true": True, "false": False}[JIT_COMPILE.value]
-    model.compile(
-        keras.optimizers.SGD(1e-3, momentum=0.9),
-        "sparse_categorical_crossentropy",
-        jit_compile=jit_compile,
+def read_variant(variant: str) -> LoweringChoice:
+    """The lowering that a variant's name means."""
+    if variant == "floor":
+        return UniformChoice(CentreTap())
+    passes = variant.split("/")
+    return parse(variant if len(passes) == 1 else dict(zip(PASSES, passes, strict=True)))
+
+
+# Measuring
+
+
+def benchmark(group: Group, budget_seconds: float | None) -> list[Row]:
+    """A row for each variant, in their order; whatever fails, the others go on."""
+    blank = functools.partial(
+        Row,
+        model=group.model,
+        size=SIZE.value,
+        batch_size=group.batch_size,
+        precision=group.precision,
+        jit_compile=group.jit_compile,
+        compiled=group.compiled,
     )
-    return model
+    refusal = bench_common.why_no_precision(group.precision)
+    refusal = refusal or bench_common.why_not_compiled(group.jit_compile)
+    if refusal is None and budget_seconds == 0:
+        refusal = "no time left"
+    if refusal is not None:
+        return [blank(variant=variant, error=refusal) for variant in VARIANTS.value]
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(bench_common.PRECISIONS[group.precision].policy)
+    try:
+        with bench_common.precision_mode(group.precision):
+            return _benchmark(group, blank, budget_seconds)
+    finally:
+        keras.config.set_dtype_policy(policy)
 
 
-def benchmark(name: str) -> list[Row]:
-    """Rows for one model, in the order of the variants."""
+def _benchmark(group: Group, blank: Callable[..., Row], budget_seconds: float | None) -> list[Row]:
+    start = time.monotonic()
+    steps = STEPS.value or (1 if bench_common.device_kind() == "cpu" else 10)
     rng = np.random.default_rng(0)
-    x = ops.convert_to_tensor(
-        rng.normal(size=(BATCH_SIZE.value, SIZE.value, SIZE.value, 3)).astype("float32")
-    )
-    y = ops.convert_to_tensor(rng.integers(0, 1000, BATCH_SIZE.value))
-    models = {variant: make_model(name, variant) for variant in VARIANTS.value}
-    losses: dict[str, list[float]] = {variant: [] for variant in models}
-
-    def step(variant: str) -> Any:
-        loss = models[variant].train_on_batch(x, y)
-        losses[variant].append(float(loss))
-        return loss
-
+    images = rng.normal(size=(group.batch_size, SIZE.value, SIZE.value, 3))
+    x = ops.convert_to_tensor(images.astype("float32"))
+    y = ops.convert_to_tensor(rng.integers(0, _CLASSES, group.batch_size))
+    trainers: dict[str, Trainer] = {}
+    errors: dict[str, str] = {}
+    for variant in VARIANTS.value:
+        try:
+            trainers[variant] = Trainer(group, variant, x, y)
+        except Exception as error:
+            errors[variant] = bench_common.describe_error(error)
+    if budget_seconds is not None:
+        # Making the models is part of it.
+        budget_seconds = max(budget_seconds - (time.monotonic() - start), 1e-3)
     timings = time_interleaved(
-        {variant: (lambda v=variant: step(v)) for variant in models},
+        {v: functools.partial(trainer.sample, steps) for v, trainer in trainers.items()},
         rounds=ROUNDS.value,
         warmup=2,
-        budget_seconds=BUDGET.value,
+        budget_seconds=budget_seconds,
     )
-    stock = timings.get("stock")
-    return [make_row(name, variant, timings[variant], stock, losses[variant]) for variant in models]
-
-
-def make_row(
-    model: str, variant: str, timings: Timings, stock: Timings | None, losses: list[float]
-) -> Row:
-    if timings.error is not None or not timings.count:
-        nan = float("nan")
-        error = str(timings.error or "no time left")
-        return Row(model, variant, nan, nan, nan, nan, 0, nan, None, nan, error)
-    return Row(
-        model=model,
-        variant=variant,
-        first_step=timings.first_seconds,
-        median=timings.median,
-        p10=timings.p10,
-        p90=timings.p90,
-        count=timings.count,
-        images_per_second=BATCH_SIZE.value / timings.median,
-        over_stock=timings.median / stock.median if stock and stock.count else None,
-        first_loss=losses[0],
-    )
-
-
-def environment() -> dict[str, Any]:
-    conditions = Conditions.current()
-    return {
-        "date": datetime.date.today().isoformat(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "diagconv_tf": diagconv_tf.__version__,
-        **dataclasses.asdict(conditions),
-        "flags": {
-            flag.name: flag.value
-            for flag in flags.FLAGS.get_key_flags_for_module(__import__("sys").modules["__main__"])
-            if flag.name != "out"
-        },
+    medians = {
+        variant: timing.median / steps for variant, timing in timings.items() if timing.count
     }
+    rows = []
+    for variant in VARIANTS.value:
+        trainer, timing = trainers.get(variant), timings.get(variant, Timings())
+        if timing.error is not None:
+            errors[variant] = bench_common.describe_error(timing.error)
+        if variant in errors:
+            rows.append(blank(variant=variant, error=errors[variant]))
+            continue
+        trainer.measure_memory(steps)
+        stock, floor, median = medians.get("stock"), medians.get("floor"), medians[variant]
+        rows.append(
+            blank(
+                variant=variant,
+                layers=trainer.layers,
+                rewritten=trainer.rewritten,
+                first_step=timing.first_seconds,
+                median=median,
+                p10=timing.p10 / steps,
+                p90=timing.p90 / steps,
+                count=timing.count,
+                steps_per_sample=steps,
+                images_per_second=group.batch_size / median,
+                over_stock=None if stock is None else median / stock,
+                above_floor_over_stock=_above_floor_over_stock(median, floor, stock),
+                peak_memory=trainer.peak_memory,
+                first_loss=_finite(trainer.first_loss),
+                last_loss=_finite(trainer.last_loss),
+            )
+        )
+    return rows
 
 
-def print_table(rows: list[Row]) -> None:
+def _above_floor_over_stock(
+    median: float, floor: float | None, stock: float | None
+) -> float | None:
+    """What the depthwise convolutions cost, over what they cost in stock."""
+    if stock is None or floor is None or stock <= floor:
+        return None
+    return (median - floor) / (stock - floor)
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and np.isfinite(value) else None
+
+
+# What is shown
+
+
+def make_table(rows: Sequence[Row]) -> Table:
     table = Table(
-        title=f"{keras.backend.backend()}, {SIZE.value}x{SIZE.value}, "
-        f"batch {BATCH_SIZE.value}, {PRECISION.value}, jit_compile={JIT_COMPILE.value}"
+        title=f"{keras.backend.backend()} on {bench_common.device_kind()}, "
+        f"{SIZE.value}x{SIZE.value} pixels",
+        caption="ms for one step; depthwise: what it takes above the floor, over the same of "
+        "stock; layers: rewritten of all with groups; memory: peak of a step",
     )
-    for column in ("model", "variant"):
-        table.add_column(column)
-    for column in ("step ms", "p10", "p90", "images/s", "/ stock", "first step s", "first loss"):
+    for column in ("model", "conditions", "variant"):
+        table.add_column(column, overflow="fold")
+    for column in (
+        "layers",
+        "step ms",
+        "p10",
+        "p90",
+        "images/s",
+        "/ stock",
+        "depthwise",
+        "first step s",
+        "memory MB",
+        "first loss",
+    ):
         table.add_column(column, justify="right")
+    group = None
     for row in rows:
+        conditions = f"batch {row.batch_size} {row.precision}{' jit' if row.compiled else ''}"
+        if group not in (None, (row.model, conditions)):
+            table.add_section()
+        group = (row.model, conditions)
         if row.error:
-            table.add_row(row.model, row.variant, row.error.splitlines()[0])
+            table.add_row(*group, row.variant, "", "failed")
             continue
         table.add_row(
-            row.model,
+            *group,
             row.variant,
+            f"{row.rewritten}/{row.layers}",
             *(f"{1e3 * t:.1f}" for t in (row.median, row.p10, row.p90)),
             f"{row.images_per_second:.1f}",
             "" if row.over_stock is None else f"{row.over_stock:.3f}",
+            "" if row.above_floor_over_stock is None else f"{row.above_floor_over_stock:.3f}",
             f"{row.first_step:.1f}",
-            f"{row.first_loss:.5f}",
+            "" if row.peak_memory is None else f"{row.peak_memory / 1e6:.0f}",
+            "not finite" if row.first_loss is None else f"{row.first_loss:.5f}",
         )
-    Console(width=None if os.isatty(1) else 160).print(table)
+    return table
 
 
-def write_results(path: pathlib.Path, rows: list[Row]) -> None:
-    """Writes JSON aside and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment(), "rows": [dataclasses.asdict(row) for row in rows]}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+def draw_pictures(folder: str, rows: Sequence[Row]) -> None:
+    """For each precision, batch size and way of compiling, bars for all models."""
+    keys = dict.fromkeys((row.precision, row.batch_size, row.compiled) for row in rows)
+    for precision, batch_size, compiled in keys:
+        some = [
+            row
+            for row in rows
+            if (row.precision, row.batch_size, row.compiled) == (precision, batch_size, compiled)
+        ]
+        if not any(row.median for row in some):
+            continue
+        models = list(dict.fromkeys(row.model for row in some))
+        series = {
+            variant: {
+                row.model: (row.median, row.p10, row.p90)
+                for row in some
+                if row.variant == variant and row.median
+            }
+            for variant in dict.fromkeys(row.variant for row in some)
+        }
+        figure = bench_common.new_figure(figsize=(3 + 2.2 * len(models), 4.5))
+        axes = figure.subplots()
+        bench_common.draw_bars(axes, models, series)
+        axes.set_yscale("linear")  # Bars from zero: these are compared by their length.
+        axes.set_ylabel("milliseconds a training step")
+        how = "compiled" if compiled else "not compiled"
+        axes.set_title(
+            f"{keras.backend.backend()}, {how}, {precision}, batch {batch_size}, {SIZE.value}x"
+            f"{SIZE.value}; median, p10 to p90",
+            fontsize="medium",
+        )
+        axes.legend(fontsize="small")
+        suffix = "_compiled" if compiled else ""
+        bench_common.save_figure(figure, folder, f"training_{precision}_{batch_size}{suffix}")
+
+
+# The command
+
+
+def check_flags() -> None:
+    bench_common.check_out(OUT.value)
+    for holder, accepted in (
+        (PRECISION, bench_common.PRECISIONS),
+        (JIT_COMPILE, ("auto", "true", "false")),
+    ):
+        unknown = [value for value in holder.value or () if value not in accepted]
+        if unknown:
+            raise ValueError(
+                f"Expected --{holder.name} to be some of {', '.join(accepted)}. "
+                f"Received: {','.join(holder.value)}"
+            )
+    unknown = [name for name in MODELS.value if not hasattr(keras.applications, name)]
+    if unknown:
+        raise ValueError(f"Expected names of keras.applications. Received: --models={unknown}")
+    if not all(size.isdigit() and int(size) for size in BATCH_SIZE.value):
+        raise ValueError(f"Expected --batch_size >= 1. Received: {','.join(BATCH_SIZE.value)}")
+    for variant in VARIANTS.value:
+        if variant not in ("stock", "tuned"):
+            read_variant(variant)
+    if ("tuned" in VARIANTS.value) != (PLAN.value is not None):
+        raise ValueError(
+            "Expected --plan=FILE together with the variant 'tuned'. Received: "
+            f"--plan={PLAN.value}, --variants={','.join(VARIANTS.value)}"
+        )
 
 
 def main(_: list[str]) -> None:
-    unknown = [name for name in MODELS.value if not hasattr(keras.applications, name)]
-    if unknown:
-        raise app.UsageError(f"Expected names of keras.applications. Received: --models={unknown}")
-    rows = []
-    for name in MODELS.value:
-        rows += benchmark(name)
+    try:
+        check_flags()
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    groups = [
+        Group(model, precision, int(batch_size), jit_compile)
+        for model, precision, batch_size, jit_compile in itertools.product(
+            MODELS.value,
+            PRECISION.value or [bench_common.default_precision()],
+            BATCH_SIZE.value,
+            JIT_COMPILE.value,
+        )
+    ]
+    settings = bench_common.flag_values(flags.FLAGS.get_key_flags_for_module(sys.argv[0]))
+    environment = bench_common.environment(settings)
+    budget = bench_common.Budget(BUDGET.value, len(groups))
+    rows: list[Row] = []
+    for group in groups:
+        print(*dataclasses.astuple(group), file=sys.stderr)
+        rows += benchmark(group, budget.next_share())
         if OUT.value:
-            write_results(pathlib.Path(OUT.value), rows)
+            # After each group: what is measured outlives a crash.
+            bench_common.write_results(OUT.value, rows, environment)
         keras.backend.clear_session(free_memory=True)
-    print_table(rows)
+    bench_common.print_table(make_table(rows))
+    bench_common.print_errors((f"{row.variant}, {row.model}", row.error) for row in rows)
+    if PICTURES.value:
+        draw_pictures(PICTURES.value, rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,360 @@
+"""What the benchmarks share: precisions, compiling, environment, files, pictures.
+
+Results are a list of rows, each a data class of plain values. A row whose
+`error` is not None has no times: what failed or was refused is a result too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import datetime
+import importlib.metadata
+import io
+import json
+import os
+import pathlib
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+from rich.console import Console
+from rich.table import Table
+
+import diagconv_tf
+from diagconv_tf import Conditions, files
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+#: What makes another program of the same source.
+_VARIABLES = (
+    "XLA_FLAGS",
+    "TF_XLA_FLAGS",
+    "TF_ENABLE_ONEDNN_OPTS",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """A precision that the benchmarks know by name.
+
+    Attributes:
+        dtype: of the tensors of a convolution.
+        policy: Keras's dtype policy for a model.
+        tf32: whether float32 products may be rounded to TF32 on the way into
+            the matrix units of an NVIDIA GPU. None leaves it to the framework.
+        tolerance: of `‖result − reference‖ / ‖reference‖`, above which a
+            result is called wrong: some hundred roundings of the dtype.
+    """
+
+    dtype: str
+    policy: str
+    tf32: bool | None
+    tolerance: float
+
+
+#: "float32" is float32 throughout. TF32 has a name of its own, because it is
+#: what frameworks run on NVIDIA GPUs from Ampere on unless they are told not to.
+PRECISIONS: Mapping[str, Precision] = {
+    "float32": Precision("float32", "float32", False, 1e-4),
+    "tf32": Precision("float32", "float32", True, 5e-3),
+    "bfloat16": Precision("bfloat16", "mixed_bfloat16", None, 3e-2),
+    "float16": Precision("float16", "mixed_float16", None, 5e-3),
+}
+
+
+def device_kind() -> str:
+    """`"cpu"`, `"gpu"` or `"tpu"`: where this process computes."""
+    return Conditions.current().device_kind
+
+
+def default_precision() -> str:
+    """What float32 means to the frameworks here when nothing is asked of them."""
+    return "tf32" if device_kind() == "gpu" else "float32"
+
+
+def why_no_precision(name: str) -> str | None:
+    """Why a precision cannot be had here; None where it can."""
+    if PRECISIONS[name].tf32 and device_kind() != "gpu":
+        return f"Expected an NVIDIA GPU for tf32. Received: {device_kind()}"
+    return None
+
+
+@contextlib.contextmanager
+def precision_mode(name: str) -> Iterator[None]:
+    """Lets products be as exact as a precision says, as long as it lasts.
+
+    The switches belong to the process. A program compiled before has the old
+    ones built in: compile inside.
+    """
+    allowed = PRECISIONS[name].tf32
+    if allowed is None:
+        yield
+        return
+    before = _set_tf32(allowed)
+    try:
+        yield
+    finally:
+        _restore_tf32(before)
+
+
+def _set_tf32(allowed: bool) -> Any:
+    """Switches TF32 on or off, and returns what `_restore_tf32` takes."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        before = tf.config.experimental.tensor_float_32_execution_enabled()
+        tf.config.experimental.enable_tensor_float_32_execution(allowed)
+    elif backend == "jax":
+        import jax
+
+        before = jax.config.jax_default_matmul_precision
+        jax.config.update("jax_default_matmul_precision", None if allowed else "highest")
+    else:
+        import torch
+
+        before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    return before
+
+
+def _restore_tf32(before: Any) -> None:
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.enable_tensor_float_32_execution(before)
+    elif backend == "jax":
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", before)
+    else:
+        import torch
+
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def seed(number: int) -> None:
+    """Fixes the weights of the layers that are made next.
+
+    Keras draws the seeds of its initializers from Python's generator.
+    `keras.utils.set_random_seed` would import TensorFlow on every backend.
+    """
+    random.seed(number)
+
+
+def compiled(jit_compile: str) -> bool:
+    """Whether `--jit_compile=auto|true|false` means a compiler here.
+
+    `auto` is Keras's choice (`Trainer.compile`): JAX always compiles,
+    TensorFlow does on a GPU, PyTorch does not.
+    """
+    if jit_compile != "auto":
+        return jit_compile == "true"
+    backend = keras.backend.backend()
+    return backend == "jax" or (backend == "tensorflow" and device_kind() != "cpu")
+
+
+def why_not_compiled(jit_compile: str) -> str | None:
+    """Why `--jit_compile` cannot be had here; None where it can."""
+    if keras.backend.backend() == "jax" and not compiled(jit_compile):
+        return "Expected jit_compile=true on JAX, which always compiles. Received: false"
+    return None
+
+
+class Budget:
+    """Seconds for the whole run, shared equally by the groups still to come."""
+
+    def __init__(self, seconds: float | None, groups: int):
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._groups = groups
+
+    def next_share(self) -> float | None:
+        """Seconds for the next group: None without limit, 0 when all is spent."""
+        groups, self._groups = max(self._groups, 1), self._groups - 1
+        if self._end is None:
+            return None
+        return max(0.0, self._end - time.monotonic()) / groups
+
+
+def environment(flags: Mapping[str, Any], **measured: Any) -> dict[str, Any]:
+    """Where and how the results came about, in JSON's types.
+
+    Args:
+        flags: the command's flags, by name.
+        **measured: what else belongs to all rows.
+    """
+    conditions = dataclasses.asdict(Conditions.current())
+    del conditions["compiled"]  # Each row has its own.
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(
+            [
+                f"KERAS_BACKEND={keras.backend.backend()} python",
+                f"scripts/{pathlib.Path(sys.argv[0]).name}",
+                *sys.argv[1:],
+            ]
+        ),
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "diagconv_tf": diagconv_tf.__version__,
+        **conditions,
+        "versions": {name: version for name, version in conditions["versions"]}
+        | {"numpy": importlib.metadata.version("numpy")},
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "flags": dict(flags),
+        **measured,
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with `+changes` where files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def flag_values(flag_holders: Sequence[Any]) -> dict[str, Any]:
+    """Names and values of absl flags, without those that only name files."""
+    values = {holder.name: holder.value for holder in flag_holders}
+    return {name: value for name, value in values.items() if name not in ("out", "pictures")}
+
+
+def check_out(path: str | None) -> None:
+    """Refuses a result file of an unknown kind before hours are spent.
+
+    Raises:
+        ValueError: if the suffix is neither `.json` nor `.csv`.
+    """
+    if path and pathlib.Path(path).suffix not in (".json", ".csv"):
+        raise ValueError(f"Expected a file name that ends in .json or .csv. Received: {path}")
+
+
+def write_results(path: str, rows: Sequence[Any], environment: Mapping[str, Any]) -> None:
+    """Writes JSON or CSV, as the suffix says, aside, and renames it.
+
+    JSON: `{"environment": …, "rows": […]}`. CSV: the environment is the first
+    line, `# ` and JSON, so that `pandas.read_csv(path, skiprows=1)` reads it.
+    """
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    dicts = [dataclasses.asdict(row) for row in rows]
+    if target.suffix == ".json":
+        content = {"environment": environment, "rows": dicts}
+        text = json.dumps(content, indent=1, allow_nan=False)
+    else:
+        stream = io.StringIO()
+        stream.write(f"# {json.dumps(environment)}\n")
+        writer = csv.DictWriter(stream, list(dicts[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()}
+            for row in dicts
+        )
+        text = stream.getvalue().rstrip("\n")
+    files.write_text(target, text)
+
+
+def describe_error(error: BaseException) -> str:
+    """The class and the first line of the message, which says enough in a table."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:500]
+
+
+def print_table(table: Table) -> None:
+    """To the terminal, or, where there is none, as wide as it needs to be."""
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def print_errors(errors: Iterable[tuple[str, str | None]]) -> None:
+    """Every error once, with how many rows it struck and the first of them."""
+    found: dict[str, list[str]] = {}
+    for where, error in errors:
+        if error is not None:
+            found.setdefault(error, []).append(where)
+    for error, rows in found.items():
+        print(f"failed, {len(rows)} row{'s' * (len(rows) > 1)} ({rows[0]}): {error}")
+
+
+def new_figure(**arguments: Any) -> Any:
+    """A matplotlib figure that needs no display."""
+    # Not pyplot: it keeps figures alive, and asks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", **arguments)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_bars(
+    axes: Any,
+    groups: Sequence[str],
+    series: Mapping[str, Mapping[str, tuple[float, float, float]]],
+) -> None:
+    """Bars in milliseconds, on a logarithmic scale, with the spread on top.
+
+    Args:
+        axes: matplotlib's.
+        groups: labels along the axis.
+        series: name → group → (median, p10, p90) in seconds; a group that is
+            missing, because it failed, leaves a gap.
+    """
+    width = 0.8 / max(len(series), 1)
+    for index, (name, bars) in enumerate(series.items()):
+        known = [(place, *bars[group]) for place, group in enumerate(groups) if group in bars]
+        if not known:
+            axes.bar([], [], label=f"{name} (failed)", color=f"C{index}")
+            continue
+        places, medians, lows, highs = (list(values) for values in zip(*known, strict=True))
+        spread = [
+            [1e3 * (median - low) for median, low in zip(medians, lows, strict=True)],
+            [1e3 * (high - median) for median, high in zip(medians, highs, strict=True)],
+        ]
+        axes.bar(
+            [place - 0.4 + (index + 0.5) * width for place in places],
+            [1e3 * median for median in medians],
+            width,
+            yerr=spread,
+            label=name,
+            color=f"C{index}",
+            error_kw={"elinewidth": 1, "capsize": 1.5},
+        )
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_yscale("log")
+    axes.set_ylabel("milliseconds")
+
+
+def save_figure(figure: Any, folder: str, name: str) -> None:
+    """Writes `folder/name.png` aside and renames it."""
+    path = pathlib.Path(folder, f"{name}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_aside(path, lambda aside: figure.savefig(aside, dpi=130))

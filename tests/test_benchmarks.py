@@ -1,0 +1,248 @@
+"""The benchmarks run and report all that was asked for. Times are never asserted on."""
+
+import csv
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests.numerics import BACKEND, THOROUGH
+
+# A minute for each backend: one of them by default, all before a release.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        BACKEND != "tensorflow" and not THOROUGH,
+        reason="runs on TensorFlow, or with HYPOTHESIS_PROFILE=thorough",
+    ),
+]
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BACKEND = keras.backend.backend()
+
+#: Runs a script as `python script.py …` does; on other backends as if TensorFlow
+#: were not installed. (Keras imports it where it is.)
+RUN = """
+import runpy, sys
+from importlib.machinery import PathFinder
+
+class WithoutTensorFlow(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] == "tensorflow"
+        return None if hidden else super().find_spec(name, path, target)
+
+backend, *sys.argv = sys.argv[1:]
+if backend != "tensorflow":
+    sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTensorFlow
+sys.path.insert(0, "scripts")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(script, *arguments):
+    """The finished process of `scripts/script`."""
+    return subprocess.run(
+        [sys.executable, "-c", RUN, BACKEND, f"scripts/{script}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "KERAS_BACKEND": BACKEND},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def check_environment(environment, script):
+    assert environment["backend"] == BACKEND
+    assert environment["versions"]["keras"] == keras.__version__
+    assert environment["cpus"] >= 1
+    assert script in environment["command"]
+    assert environment["date"].startswith("20")
+    assert {"device_name", "device_kind", "commit", "flags"} <= set(environment)
+
+
+def check_measured(row):
+    assert row["median"] > 0
+    assert row["p10"] <= row["median"] <= row["p90"]
+    assert row["count"] >= 1
+
+
+def check_failed(row, *words):
+    assert row["median"] is None
+    assert row["count"] == 0
+    for word in words:
+        assert word in row["error"]
+
+
+@pytest.fixture(scope="module")
+def lowerings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lowerings")
+    shape = "7x8x6_k5x3_s2_m2_valid"
+    process = run(
+        "benchmark_lowerings.py",
+        f"--shapes={shape}",
+        "--batch_size=2",
+        "--rounds=2",
+        "--rotate_mb=0",
+        "--lowerings=diagonal_grouped:4,native,shifted,diagonal:4/shifted/native",
+        "--passes=forward,kernel_gradient",
+        "--precision=float32,bfloat16",
+        "--layouts=channels_last,channels_first",
+        f"--out={folder}/out.json",
+        f"--pictures={folder}",
+    )
+    assert process.returncode == 0, process.stderr
+    return folder, json.loads((folder / "out.json").read_text()), process.stdout
+
+
+def test_every_combination_has_a_row(lowerings):
+    _, results, _ = lowerings
+    check_environment(results["environment"], "benchmark_lowerings.py")
+    found = [
+        (row["shape"], row["pass_name"], row["precision"], row["layout"], row["lowering"])
+        for row in results["rows"]
+    ]
+    wanted = itertools.product(
+        ("7x8x6_k5x3_s2_m2_valid",),
+        ("forward", "kernel_gradient"),
+        ("float32", "bfloat16"),
+        ("channels_last", "channels_first"),
+        ("diagonal_grouped:4", "native", "shifted", "diagonal:4/shifted/native"),
+    )
+    assert sorted(found) == sorted(wanted)
+
+
+def test_a_failing_lowering_is_a_row_and_the_others_go_on(lowerings):
+    _, results, output = lowerings
+    for row in results["rows"]:
+        assert row["limit"] > 0
+        if row["lowering"] == "diagonal_grouped:4":
+            check_failed(row, "refused", "number of input channels that 4 divides")
+            continue
+        assert row["error"] is None
+        check_measured(row)
+        assert row["relative_error"] <= {"float32": 1e-5, "bfloat16": 1e-2}[row["precision"]]
+        assert row["agrees"] is True
+        assert row["operations"] == row["sets"] == 1
+        assert row["limit_share"] == pytest.approx(row["limit"] / row["median"])
+    assert "refused: diagonal_grouped:4" in output
+
+
+def test_the_limit_is_that_of_the_measured_ceilings(lowerings):
+    _, results, _ = lowerings
+    ceilings = results["environment"]["ceilings"]
+    rates = ceilings["flops_per_second"]
+    assert rates["bfloat16"] >= rates["float32"] > 0
+    for row in results["rows"]:
+        bounds = {
+            "memory": row["least_bytes"] / ceilings["bytes_per_second"],
+            "arithmetic": row["flops"] / rates[row["precision"]],
+        }
+        assert row["limit"] == pytest.approx(max(bounds.values()))
+        assert bounds[row["bound"]] == max(bounds.values())
+
+
+def test_lowerings_are_drawn(lowerings):
+    folder, _, _ = lowerings
+    pictures = {path.stem.removesuffix("_compiled") for path in folder.glob("*.png")}
+    assert pictures == {
+        f"{kind}_{precision}_{layout}"
+        for kind in ("bars", "roofline")
+        for precision in ("float32", "bfloat16")
+        for layout in ("channels_last", "channels_first")
+    }
+
+    orange = (255, 127, 14)  # matplotlib's second colour, and native the second lowering.
+    for path in folder.glob("*.png"):
+        pixels = np.asarray(PIL.Image.open(path).convert("RGB"))
+        assert np.count_nonzero((pixels == orange).all(axis=-1)) > 100, path.name
+
+
+def test_shapes_of_a_model_repeats_and_spent_budgets(tmp_path):
+    process = run(
+        "benchmark_lowerings.py",
+        "--shapes=mobilenet_v2_cifar@32,8x8x6_k3_s1",
+        "--batch_size=1",
+        "--rounds=1",
+        "--repeats=2",
+        "--rotate_mb=0",
+        "--passes=input_gradient",
+        "--lowerings=native",
+        "--budget_seconds=0.001",
+        f"--out={tmp_path}/out.csv",
+    )
+    assert process.returncode == 0, process.stderr
+    first, *lines = (tmp_path / "out.csv").read_text().splitlines()
+    check_environment(json.loads(first.removeprefix("# ")), "benchmark_lowerings.py")
+    rows = list(csv.DictReader(lines))
+    uses = [sum(json.loads(row["used_by"]).values()) for row in rows]
+    # MobileNetV2 has 17 blocks, each with one depthwise convolution.
+    assert sum(uses) == 17
+    assert len({row["shape"] for row in rows}) == len(rows)
+    assert all(row["median"] or row["error"] == "no time left" for row in rows)
+    assert "no time left" in {row["error"] for row in rows}
+
+
+def test_training_steps(tmp_path):
+    process = run(
+        "benchmark_training.py",
+        "--models=MobileNet",
+        "--size=32",
+        "--batch_size=2,3",
+        "--rounds=2",
+        "--steps_per_sample=2",
+        "--precision=float32,tf32",
+        "--budget_seconds=1",
+        "--variants=stock,floor,diagonal_grouped:7,tuned",
+        f"--plan={write_plan(tmp_path)}",
+        f"--out={tmp_path}/out.json",
+        f"--pictures={tmp_path}",
+    )
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "out.json").read_text())
+    check_environment(results["environment"], "benchmark_training.py")
+    rows = {(r["precision"], r["batch_size"], r["variant"]): r for r in results["rows"]}
+    variants = ("stock", "floor", "diagonal_grouped:7", "tuned")
+    assert set(rows) == set(itertools.product(("float32", "tf32"), (2, 3), variants))
+    for (precision, batch_size, variant), row in rows.items():
+        if precision == "tf32":
+            check_failed(row, "NVIDIA GPU")
+        elif batch_size == 3:
+            # First steps are always finished, and these have taken all the time.
+            check_failed(row, "no time left")
+        elif variant == "diagonal_grouped:7":
+            check_failed(row, "none can be rewritten")
+        else:
+            check_measured(row)
+            assert row["layers"] == 13
+            assert row["rewritten"] == {"stock": 0, "floor": 13, "tuned": 1}[variant]
+            assert row["images_per_second"] == pytest.approx(2 / row["median"])
+            assert row["first_step"] > 0
+            assert row["peak_memory"] is None
+    losses = [rows["float32", 2, variant]["first_loss"] for variant in ("stock", "tuned")]
+    # PyTorch's dropout draws from one generator for all models.
+    assert BACKEND == "torch" or losses[0] == pytest.approx(losses[1], rel=1e-4)
+    suffix = "_compiled" if BACKEND == "jax" else ""
+    assert [path.stem for path in tmp_path.glob("*.png")] == [f"training_float32_2{suffix}"]
+
+
+def write_plan(folder):
+    from diagconv_tf import Conditions, Plan
+
+    path = folder / "MobileNet.json"
+    Plan(Conditions.current(), overrides={"conv_dw_1": "shifted"}).save(path)
+    # The script fills in the name.
+    return folder / "{model}.json"
+
+
+def test_mistakes_are_refused_at_once():
+    process = run("benchmark_training.py", "--variants=tuned")
+    assert process.returncode == 1
+    assert "Expected --plan=FILE" in process.stdout + process.stderr

@@ -25,7 +25,6 @@ pytestmark = [
 ]
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BACKEND = keras.backend.backend()
 
 #: Runs a script as `python script.py …` does; on other backends as if TensorFlow
 #: were not installed. (Keras imports it where it is.)

@@ -18,7 +18,6 @@ import keras
 from rich.console import Console
 
 from diagconv_tf import __version__, files, model_files
-from diagconv_tf.cache import ENVIRONMENT_VARIABLE, Cache, CacheEntry
 from diagconv_tf.exporting import ExportError, export
 from diagconv_tf.inspection import STOCK, inspect_as_built, inspect_model
 from diagconv_tf.lowerings import ACCEPTED, DEFAULT_LOWERING, parse, why_not
@@ -26,6 +25,7 @@ from diagconv_tf.plan import Plan
 from diagconv_tf.rewriting import restore, rewrite
 from diagconv_tf.spec import Conditions, ConvSpec
 from diagconv_tf.tuning import tune
+from diagconv_tf.tuning.cache import ENVIRONMENT_VARIABLE, Cache, CacheEntry
 
 _PROGRAM = "diagconv"
 

@@ -40,20 +40,35 @@ def write_aside(path: pathlib.Path, write: Callable[[str], Any]) -> None:
     aside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         write(str(aside))
-        if path.is_dir():
-            # A folder cannot be renamed over a full one.
-            old = path.with_name(f".{os.getpid()}-old-{path.name}")
-            os.rename(path, old)
-            os.rename(aside, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, path)
+        replace(path, aside)
     except BaseException:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.unlink(missing_ok=True)
         raise
+
+
+def replace(path: pathlib.Path, written: pathlib.Path) -> None:
+    """Renames the file or folder `written` to `path`.
+
+    What was at `path` is gone afterwards; where the renaming fails, it is back.
+
+    Raises:
+        OSError: if it fails.
+    """
+    if not path.is_dir():
+        os.replace(written, path)
+        return
+    # A folder cannot be renamed over a full one.
+    old = path.with_name(f".{os.getpid()}-old-{path.name}")
+    os.rename(path, old)
+    try:
+        os.rename(written, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

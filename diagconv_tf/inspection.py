@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
-from rich.console import Console
 from rich.table import Table
 
-from diagconv_tf import costs, tracing
+from diagconv_tf import costs, table_text, tracing
 from diagconv_tf.layers import LoweredLayer, layer_spec
 from diagconv_tf.model_tree import PlacedLayer, check_built, place_layers
 from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
@@ -131,11 +128,7 @@ class Inspection:
         return _table(self)
 
     def __str__(self) -> str:
-        # A pipe has no width: lines as long as they need to be.
-        width = None if sys.stdout.isatty() else 10_000
-        console = Console(file=io.StringIO(), width=width, color_system=None)
-        console.print(self)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        return table_text.as_text(self)
 
 
 def inspect_model(
@@ -172,8 +165,8 @@ def inspect_model(
 def inspect_as_built(model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES) -> Inspection:
     """`inspect_model` without calling the model, even symbolically.
 
-    It takes milliseconds. Sizes are those that each layer was built with,
-    which may be open, and costs are not known.
+    Sizes are those that each layer was built with, which may be open, and
+    costs are not known.
     """
     check_built(model)
     not_called = _Trace({}, None, None, "the model was not called")
@@ -363,8 +356,9 @@ def _table(inspection: Inspection) -> Table:
         table.add_row(
             row.path + (f" (+{len(row.other_paths)} paths)" if row.other_paths else ""),
             row.class_name,
-            _describe_input(spec) + (f" ({len(row.specs)} calls)" if len(row.specs) > 1 else ""),
-            _describe_window(spec),
+            (spec.size_text if spec else "?")
+            + (f" ({len(row.specs)} calls)" if len(row.specs) > 1 else ""),
+            spec.window_text if spec else "?",
             "?" if row.flops is None else f"{row.flops / 1e6:.2f}",
             "?" if row.least_bytes is None else f"{row.least_bytes / 1e6:.2f}",
             "?" if row.flops_share is None else f"{row.flops_share:.1%}",
@@ -389,23 +383,3 @@ def _remarks(inspection: Inspection, images: int) -> Iterator[str]:
             f"Made anew as stock layers when a saved model is loaded: {len(rebuilt)} ({shown}). "
             "Save the restored model, and rewrite it again after loading."
         )
-
-
-def _describe_input(spec: ConvSpec | None) -> str:
-    if spec is None:
-        return "?"
-    sizes = (spec.height, spec.width, spec.input_channels)
-    return "×".join("?" if size is None else str(size) for size in sizes)
-
-
-def _describe_window(spec: ConvSpec | None) -> str:
-    if spec is None:
-        return "?"
-    parts = ["×".join(map(str, spec.kernel_size))]
-    if spec.strides != (1, 1):
-        parts.append("stride " + "×".join(map(str, spec.strides)))
-    if spec.dilation_rate != (1, 1):
-        parts.append("dilation " + "×".join(map(str, spec.dilation_rate)))
-    if not spec.is_depthwise:
-        parts.append(f"{spec.groups} groups")
-    return ", ".join(parts)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from diagconv_tf import error_text
 from diagconv_tf.lowerings import LoweringLike
 from diagconv_tf.spec import ConvSpec
 from diagconv_tf.timing import Timings
@@ -19,8 +20,8 @@ class Measured:
         median: of the kept samples; None where there are none.
         p10: 10th percentile.
         p90: 90th percentile.
-        count: number of samples. One means that it was dropped early: it took
-            several times as long as the best.
+        count: number of samples. Few, where it took several times as long as
+            the best and was not timed further.
         first_seconds: the first call, which traces and compiles.
         error: why there is no time; a failure is a result as well.
     """
@@ -55,8 +56,7 @@ class Measured:
     def failed(cls, error: Exception | str, first_seconds: float | None = None) -> Measured:
         """A failure; of the message's lines one is kept."""
         if isinstance(error, Exception):
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            error = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            error = error_text.summary(error)
         return cls(first_seconds=_round(first_seconds), error=error[:300])
 
     @classmethod
@@ -133,7 +133,7 @@ class ProblemMeasurements:
             KeyError, TypeError, ValueError: if it is something else.
         """
         return cls(
-            spec=spec_from_dict(fields["spec"]),
+            spec=ConvSpec.from_dict(fields["spec"]),
             stock_op=fields["stock_op"],
             layers=tuple(fields["layers"]),
             passes={
@@ -143,11 +143,6 @@ class ProblemMeasurements:
             choice=fields["choice"],
             reason=fields["reason"],
         )
-
-
-def spec_from_dict(fields: Mapping[str, Any]) -> ConvSpec:
-    """The problem of which `fields` are the attributes, as JSON has them."""
-    return ConvSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 
 
 def total(parts: Iterable[Measured]) -> tuple[float, float]:

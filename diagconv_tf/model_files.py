@@ -18,7 +18,7 @@ from typing import Any
 import keras
 from absl import logging
 
-from diagconv_tf import files
+from diagconv_tf import error_text, files
 from diagconv_tf.inspection import STOCK, inspect_as_built
 
 SUFFIXES = (".keras", ".h5")
@@ -56,7 +56,7 @@ def load_model(
             logging.warning(
                 "%s: read without its compile state (%s): compile the model before training it.",
                 path,
-                _first_line(error),
+                error_text.summary(error),
             )
             return model
         raise ModelFileError(f"{path}: {_explain(error)}") from error
@@ -104,9 +104,7 @@ def save_model(model: keras.Model, path: str | os.PathLike, overwrite: bool = Fa
             warnings.simplefilter("ignore")
             files.write_aside(path, model.save)
     except Exception as error:  # h5py's are of several types.
-        raise ModelFileError(
-            f"{path}: cannot be written: {type(error).__name__}: {_first_line(error)}"
-        ) from error
+        raise ModelFileError(f"{path}: cannot be written: {error_text.summary(error)}") from error
 
 
 def custom_objects_of(module_name: str) -> dict[str, Any]:
@@ -189,9 +187,5 @@ def _explain(error: Exception) -> str:
             "`load_weights`"
         )
     if isinstance(error, OSError):
-        return f"not an .h5 file, or a truncated one ({_first_line(error)})"
-    return f"Keras cannot read it: {type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "").strip()
+        return f"not an .h5 file, or a truncated one ({error_text.summary(error)})"
+    return f"Keras cannot read it: {error_text.summary(error)}"

@@ -11,10 +11,10 @@ from typing import Any
 
 import keras
 
-from diagconv_tf import files, json_text, plan_table
+from diagconv_tf import files, json_text, plan_table, table_text
 from diagconv_tf.inspection import STOCK, ConvolutionRow, inspect_as_built
 from diagconv_tf.lowerings import LoweringLike, parse
-from diagconv_tf.measurements import Measured, ProblemMeasurements, spec_from_dict
+from diagconv_tf.measurements import Measured, ProblemMeasurements
 from diagconv_tf.spec import Conditions, ConvSpec
 
 _FORMAT = 1
@@ -109,7 +109,7 @@ class Plan:
         return plan_table.render(self)
 
     def __str__(self) -> str:
-        return plan_table.as_text(self)
+        return table_text.as_text(self)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -127,7 +127,7 @@ class Plan:
             return cls(
                 conditions=Conditions(**conditions),
                 lowerings={
-                    spec_from_dict(entry["spec"]): entry["lowering"]
+                    ConvSpec.from_dict(entry["spec"]): entry["lowering"]
                     for entry in fields["lowerings"]
                 },
                 overrides=fields["overrides"],

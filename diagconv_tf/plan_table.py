@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from diagconv_tf.inspection import STOCK
 from diagconv_tf.lowerings import LoweringLike
 from diagconv_tf.measurements import Measured, ProblemMeasurements
-from diagconv_tf.spec import PASSES, ConvSpec
+from diagconv_tf.spec import PASSES
 
 if TYPE_CHECKING:
     from diagconv_tf.plan import Plan
@@ -27,14 +25,6 @@ def render(plan: Plan) -> Group:
         parts.append(_steps_table(plan))
     parts.append(_lowerings_table(plan))
     return Group(*parts)
-
-
-def as_text(plan: Plan) -> str:
-    """The tables as text; as wide as they need to be where nobody watches."""
-    width = None if sys.stdout.isatty() else 10_000
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(render(plan))
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def _head(plan: Plan) -> Iterator[str]:
@@ -78,10 +68,18 @@ def _lowerings_table(plan: Plan) -> Table:
         name = layers[0] + (f" (+{len(layers) - 1})" if len(layers) > 1 else "")
         lowering = plan.overrides.get(layers[0], plan.lowerings.get(spec, ""))
         stock, best = _times(problem)
-        table.add_row(name, *_problem(spec), _text(lowering), stock, best, _text(problem.choice))
+        table.add_row(
+            name,
+            spec.size_text,
+            spec.window_text,
+            _text(lowering),
+            stock,
+            best,
+            _text(problem.choice),
+        )
     for spec, lowering in plan.lowerings.items():
         if spec not in shown:
-            table.add_row("", *_problem(spec), _text(lowering), "", "", "")
+            table.add_row("", spec.size_text, spec.window_text, _text(lowering), "", "", "")
     known = {path for problem in plan.problems for path in problem.layers}
     for path, lowering in plan.overrides.items():
         if path not in known:
@@ -100,16 +98,6 @@ def _times(problem: ProblemMeasurements) -> tuple[str, str]:
         _ms(sum(m.median for m in stock)) if all(m.ok for m in stock) else "?",
         "?" if None in best else _ms(sum(best)),
     )
-
-
-def _problem(spec: ConvSpec) -> tuple[str, str]:
-    sizes = (spec.height, spec.width, spec.input_channels)
-    window = "×".join(map(str, spec.kernel_size))
-    if spec.strides != (1, 1):
-        window += ", stride " + "×".join(map(str, spec.strides))
-    if spec.dilation_rate != (1, 1):
-        window += ", dilation " + "×".join(map(str, spec.dilation_rate))
-    return "×".join("?" if size is None else str(size) for size in sizes), window
 
 
 def _text(lowering: LoweringLike) -> str:

@@ -1,18 +1,11 @@
-"""rewrite and restore: layers change class, in a model or in a copy of it.
-
-Our layers are subclasses of Keras's with the same variables. So a layer
-becomes ours, and stock again, by a change of its class: nothing is copied,
-and whatever refers to the layer or its variables (graphs, optimizers,
-wrappers, other models) goes on doing so.
-"""
+"""rewrite and restore: layers change class, in a model or in a copy of it."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 from absl import logging
@@ -25,7 +18,7 @@ from diagconv_tf.inspection import (
     inspect_as_built,
     inspect_model,
 )
-from diagconv_tf.layers import LoweredLayer
+from diagconv_tf.layer_classes import become
 from diagconv_tf.lowerings import (
     DEFAULT_LOWERING,
     LoweringChoice,
@@ -147,27 +140,6 @@ def restore(
     return _apply(model, decisions, rules, in_place)
 
 
-@contextlib.contextmanager
-def stock_classes(model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES) -> Iterator[None]:
-    """Lets a model's layers be Keras's own for as long as the context lasts.
-
-    For writing what must look stock. Compiled functions are not renewed, so
-    the model must not be trained meanwhile.
-    """
-    changed = []
-    try:
-        for place in place_layers(model):
-            layer = place.layer
-            rule = find_rule(layer, rules)
-            if rule is not None and type(layer) is rule.replacement:
-                changed.append((layer, rule, getattr(layer, "lowering", None)))
-                _change(layer, rule, STOCK)
-        yield
-    finally:
-        for layer, rule, lowering in changed:
-            _change(layer, rule, lowering)
-
-
 def _decide(
     row: ConvolutionRow, wanted: Callable[[ConvolutionRow], LoweringLike | None]
 ) -> Decision:
@@ -194,23 +166,9 @@ def _apply(
     for decision in decisions:
         if decision.lowering is not None:
             layer = layers[decision.row.path]
-            _change(layer, find_rule(layer, rules), decision.lowering)
+            become(layer, find_rule(layer, rules), decision.lowering)
     _renew_compiled_functions(target)
     return target
-
-
-def _change(
-    layer: keras.layers.Layer, rule: Rule, lowering: LoweringChoice | LoweringLike | None
-) -> None:
-    """Makes `layer` the rule's source (`"stock"`) or its replacement."""
-    if lowering == STOCK:
-        layer.__class__ = rule.source
-        # A stock layer carries nothing of ours.
-        vars(layer).pop("_lowering", None)
-        return
-    layer.__class__ = rule.replacement
-    if isinstance(layer, LoweredLayer) and lowering is not None:
-        layer.lowering = lowering
 
 
 def _renew_compiled_functions(model: keras.Model) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.metadata
 import math
 import platform
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import keras
@@ -195,6 +196,33 @@ class ConvSpec:
             )
         )
         return vertical, horizontal
+
+    @property
+    def size_text(self) -> str:
+        """Height, width and input channels, for people: `"28×28×64"`."""
+        sizes = (self.height, self.width, self.input_channels)
+        return "×".join("?" if size is None else str(size) for size in sizes)
+
+    @property
+    def window_text(self) -> str:
+        """The kernel and how it moves, for people: `"3×3, stride 2×2"`."""
+        parts = ["×".join(map(str, self.kernel_size))]
+        if self.strides != (1, 1):
+            parts.append("stride " + "×".join(map(str, self.strides)))
+        if self.dilation_rate != (1, 1):
+            parts.append("dilation " + "×".join(map(str, self.dilation_rate)))
+        if not self.is_depthwise:
+            parts.append(f"{self.groups} groups")
+        return ", ".join(parts)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ConvSpec:
+        """The problem whose attributes are `fields`, in JSON's types.
+
+        Raises:
+            TypeError, ValueError: if they are not a problem's.
+        """
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 
     def replace(self, **changes: Any) -> ConvSpec:
         """A copy with some attributes changed."""

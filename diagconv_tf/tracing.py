@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+
+from diagconv_tf import error_text
 
 
 class UntraceableError(ValueError):
@@ -43,7 +44,7 @@ def record_input_shapes(
         except Exception as error:  # A user's `call` may raise anything.
             cause = operation.error or error
             raise UntraceableError(
-                f"calling the model on symbolic inputs failed: {_summary(cause)}"
+                f"calling the model on symbolic inputs failed: {error_text.summary(cause)}"
             ) from error
     return shapes
 
@@ -63,16 +64,23 @@ def symbolic_inputs(model: keras.Model, batch_size: int | None = None, data: Any
     if data is not None:
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         return keras.tree.map_structure(lambda value: _symbolic(value, batch_size), x)
-    declared = _declared_inputs(model)
+    declared = declared_inputs(model)
+    if declared is None:
+        declared = _inputs_as_built(model)
     return keras.tree.map_structure(lambda value: _symbolic(value, batch_size or 1), declared)
 
 
-def _declared_inputs(model: keras.Model) -> Any:
+def declared_inputs(model: keras.Model) -> Any:
+    """The inputs of a functional or sequential model, in their structure, else None.
+
+    Sizes may be open.
+    """
     if isinstance(model, keras.Sequential):
-        if getattr(model, "_functional", None) is not None:
-            return model.inputs[0]
-    elif getattr(model, "inputs", None):
-        return model.input
+        return model.inputs[0] if getattr(model, "_functional", None) is not None else None
+    return model.input if getattr(model, "inputs", None) else None
+
+
+def _inputs_as_built(model: keras.Model) -> Any:
     build_config = model.get_build_config() or {}
     if "input_shape" not in build_config:
         raise UntraceableError(
@@ -118,14 +126,6 @@ class _Call(keras.Operation):
             # not write.
             self.error = error
             raise
-
-
-def _summary(error: Exception) -> str:
-    """The error's type and the line that says what is wrong, without colours."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith("Exception encountered when calling")]
-    return f"{type(error).__name__}: {(telling or lines or [''])[0]}"
 
 
 @contextlib.contextmanager

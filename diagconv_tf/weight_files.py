@@ -11,8 +11,8 @@ import os
 import keras
 
 from diagconv_tf import files
+from diagconv_tf.layer_classes import stock_classes
 from diagconv_tf.model_tree import check_built
-from diagconv_tf.rewriting import stock_classes
 
 _SUFFIX = ".weights.h5"
 

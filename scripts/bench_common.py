@@ -283,10 +283,12 @@ def write_results(path: str, rows: Sequence[Any], environment: Mapping[str, Any]
     files.write_text(target, text)
 
 
-def describe_error(error: BaseException) -> str:
-    """The class and the first line of the message, which says enough in a table."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:500]
+def grouped(rows: Iterable[Any], key: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """`(key, rows)` in the order in which keys first occur."""
+    groups: dict[Any, list[Any]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    yield from groups.items()
 
 
 def print_table(table: Table) -> None:

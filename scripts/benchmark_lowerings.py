@@ -40,26 +40,26 @@ An H200 for an hour:
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import bench_common
 import bench_device
+import bench_roofline
+import bench_shapes
 import keras
 import numpy as np
 from absl import app, flags
 from keras import ops
 from rich.table import Table
 
-from diagconv_tf import ConvSpec, backends, inspect_model, why_not
+from diagconv_tf import ConvSpec, backends, error_text, why_not
 from diagconv_tf.lowerings import LoweringChoice, parse
 from diagconv_tf.spec import PASSES
 from diagconv_tf.timing import Timings, time_interleaved
@@ -103,15 +103,6 @@ BUDGET = flags.DEFINE_float(
 OUT = flags.DEFINE_string("out", None, "File to write: .json or .csv.")
 PICTURES = flags.DEFINE_string("pictures", None, "Folder for pictures.")
 
-ALL_SHAPES = (
-    "MobileNet@224",
-    "MobileNetV2@224",
-    "mobilenet_v1_cifar@32",
-    "mobilenet_v2_cifar@32",
-    "ConvNeXtTiny@224:7x7",
-    "EfficientNetB0@224:5x5",
-)
-
 _MAX_SETS = 16
 _MAX_GRAPH_OPERATIONS = 32
 _MAX_RESULT_BYTES = 4 * 2**30
@@ -119,27 +110,10 @@ _OVERHEAD = "(nothing)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """A distinct convolution, and which models have it how often.
-
-    Attributes:
-        spec: with the batch size; layout and dtype are those of each group.
-        uses: `NAME@SIZE` → number of layers; empty for a shape given by hand.
-    """
-
-    spec: ConvSpec
-    uses: Mapping[str, int]
-
-    @property
-    def name(self) -> str:
-        return shape_name(self.spec)
-
-
-@dataclasses.dataclass(frozen=True)
 class Group:
     """What the lowerings that are timed in turn have in common."""
 
-    shape: Shape
+    shape: bench_shapes.Shape
     pass_name: str
     precision: str
     layout: str
@@ -192,111 +166,6 @@ class Row:
     overhead: float | None = None
     timed_as: str = ""
     error: str | None = None
-
-
-# Shapes
-
-
-def shape_name(spec: ConvSpec) -> str:
-    """`HxWxC_kK_sS`, and what is not usual: `_mM` outputs a channel, `_dD`, `_valid`."""
-
-    def pair(values: tuple[int, int]) -> str:
-        return str(values[0]) if values[0] == values[1] else "x".join(map(str, values))
-
-    name = f"{spec.height}x{spec.width}x{spec.input_channels}_k{pair(spec.kernel_size)}"
-    name += f"_s{pair(spec.strides)}"
-    if spec.output_channels_per_group != 1:
-        name += f"_m{spec.output_channels_per_group}"
-    if spec.dilation_rate != (1, 1):
-        name += f"_d{pair(spec.dilation_rate)}"
-    return name + ("_valid" if spec.padding == "valid" else "")
-
-
-def parse_shape_name(name: str, batch: int) -> ConvSpec | None:
-    """The depthwise convolution that `shape_name` calls `name`; None if it is no such name."""
-    match = re.fullmatch(
-        r"(\d+)x(\d+)x(\d+)_k(\d+(?:x\d+)?)_s(\d+(?:x\d+)?)(?:_m(\d+))?(?:_d(\d+(?:x\d+)?))?(_valid)?",
-        name,
-    )
-    if not match:
-        return None
-
-    def pair(text: str) -> tuple[int, int]:
-        first, _, second = text.partition("x")
-        return int(first), int(second or first)
-
-    height, width, channels, kernel, strides, multiplier, dilation, valid = match.groups()
-    return ConvSpec(
-        batch=batch,
-        height=int(height),
-        width=int(width),
-        groups=int(channels),
-        output_channels_per_group=int(multiplier or 1),
-        kernel_size=pair(kernel),
-        strides=pair(strides),
-        dilation_rate=pair(dilation or "1"),
-        padding="valid" if valid else "same",
-    )
-
-
-def find_shapes(names: Sequence[str], batch: int) -> list[Shape]:
-    """The distinct depthwise convolutions that `--shapes` asks for, in its order.
-
-    Raises:
-        ValueError: if a name is neither a model nor a shape, or finds none.
-    """
-    names = list(itertools.chain(*(ALL_SHAPES if name == "all" else (name,) for name in names)))
-    uses: dict[ConvSpec, collections.Counter] = {}
-    for name in names:
-        by_hand = parse_shape_name(name, batch)
-        if by_hand is not None:
-            uses.setdefault(by_hand, collections.Counter())
-            continue
-        match = re.fullmatch(r"(\w+)@(\d+)(?::(\d+)x(\d+))?", name)
-        if not match:
-            raise ValueError(
-                "Expected --shapes to be all, NAME@SIZE, NAME@SIZE:KxK or HxWxC_kK_sS. "
-                f"Received: {name}"
-            )
-        model_name, size, *kernel = match.groups()
-        wanted = None if kernel[0] is None else tuple(map(int, kernel))
-        specs = [
-            spec
-            for spec in depthwise_specs(model_name, int(size), batch)
-            if wanted in (None, spec.kernel_size)
-        ]
-        if not specs:
-            raise ValueError(f"Expected depthwise convolutions in --shapes={name}. Received: none")
-        for spec in specs:
-            uses.setdefault(spec, collections.Counter())[f"{model_name}@{size}"] += 1
-    return [Shape(spec, dict(counts)) for spec, counts in uses.items()]
-
-
-@functools.cache
-def depthwise_specs(model_name: str, size: int, batch: int) -> tuple[ConvSpec, ...]:
-    """One per call of a depthwise layer, as `inspect_model` finds them in the model."""
-    model = make_model(model_name, size)
-    specs = [spec for row in inspect_model(model, batch).rows for spec in row.specs]
-    keras.backend.clear_session(free_memory=True)
-    return tuple(
-        spec.replace(data_format="channels_last", compute_dtype="float32")
-        for spec in specs
-        if spec.is_depthwise
-    )
-
-
-def make_model(name: str, size: int) -> keras.Model:
-    shape = (size, size, 3)
-    if name in ("mobilenet_v1_cifar", "mobilenet_v2_cifar"):
-        # The recipes are not installed with the package.
-        sys.path.insert(0, str(bench_common.ROOT))
-        from recipes import models
-
-        return getattr(models, name.removesuffix("_cifar"))(shape, 10, stem="cifar")
-    application = getattr(keras.applications, name, None)
-    if not callable(application):
-        raise ValueError(f"Expected the name of a keras.applications model. Received: {name}")
-    return application(weights=None, input_shape=shape, include_top=False)
 
 
 # One operation
@@ -437,7 +306,7 @@ def measure(
                 group, [x for x in lowerings if x not in errors], limit, budget_seconds
             )
     except Exception as error:  # No memory for the arguments, say.
-        failed = bench_common.describe_error(error)
+        failed = error_text.summary(error)
         return [blank(lowering=name, error=errors.get(name, failed)) for name in lowerings]
     native = measured.get("native", {}).get("median")
     rows = []
@@ -475,7 +344,7 @@ def _measure(
         try:
             runners[lowering] = bench_device.make_runner(operation, sets, repeats, group.compiled)
         except Exception as error:
-            found[lowering] = {"error": bench_common.describe_error(error)}
+            found[lowering] = {"error": error_text.summary(error)}
     candidates = dict(runners)
     if repeats and runners:
         with contextlib.suppress(Exception):
@@ -497,7 +366,7 @@ def _measure(
         timing = timings[lowering]
         if timing.error is not None:
             found[lowering] = {
-                "error": bench_common.describe_error(timing.error),
+                "error": error_text.summary(timing.error),
                 "first_seconds": timing.first_seconds,
             }
             continue
@@ -522,7 +391,7 @@ def _measure(
                     "agrees": error is not None and error <= tolerance,
                 }
             except Exception as error:
-                fields = {"error": bench_common.describe_error(error)}
+                fields = {"error": error_text.summary(error)}
         found[lowering] = fields
     return found
 
@@ -552,7 +421,9 @@ def make_table(rows: Sequence[Row], ceilings: bench_device.Ceilings) -> Table:
         table.add_column(column, justify="right")
     group = None
     # What failed as a whole is told below the table.
-    some = [mine for _, mine in grouped(rows, condition) if any(row.median for row in mine)]
+    some = [
+        mine for _, mine in bench_common.grouped(rows, condition) if any(row.median for row in mine)
+    ]
     for row in itertools.chain(*some):
         conditions = f"{row.precision} {row.layout[9:]}{' jit' if row.compiled else ''}"
         key = (row.shape, row.pass_name, conditions)
@@ -580,91 +451,6 @@ def condition(row: Row) -> tuple:
     return row.shape, row.pass_name, row.precision, row.layout, row.compiled
 
 
-def draw_pictures(folder: str, rows: Sequence[Row], ceilings: bench_device.Ceilings) -> None:
-    """For each precision, layout and way of compiling: bars, and a roofline plot."""
-    for key, some in grouped(rows, lambda row: (row.precision, row.layout, row.compiled)):
-        precision, layout, compiled = key
-        if any(row.median for row in some):
-            name = f"{precision}_{layout}" + ("_compiled" if compiled else "")
-            title = name.replace("_", " ") + f", {keras.backend.backend()}, batch {some[0].batch}"
-            bench_common.save_figure(draw_bars(some, title), folder, f"bars_{name}")
-            picture = draw_roofline(some, ceilings, title)
-            bench_common.save_figure(picture, folder, f"roofline_{name}")
-
-
-def draw_bars(rows: Sequence[Row], title: str) -> Any:
-    """One plot a shape: bars for passes and lowerings, and the limit of each pass."""
-    shapes = list(grouped(rows, lambda row: row.shape))
-    columns = min(3, len(shapes))
-    lines = math.ceil(len(shapes) / columns)
-    figure = bench_common.new_figure(figsize=(5 * columns, 0.7 + 3 * lines))
-    plots = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes in plots[len(shapes) :]:
-        axes.remove()
-    for axes, (shape, some) in zip(plots, shapes, strict=False):
-        passes = list(dict.fromkeys(row.pass_name for row in some))
-        series = {
-            lowering: {r.pass_name: (r.median, r.p10, r.p90) for r in mine if r.median}
-            for lowering, mine in grouped(some, lambda row: row.lowering)
-        }
-        bench_common.draw_bars(axes, passes, series)
-        for place, pass_name in enumerate(passes):
-            limit = next(row.limit for row in some if row.pass_name == pass_name)
-            axes.plot([place - 0.45, place + 0.45], [1e3 * limit] * 2, "k--", linewidth=1)
-        axes.set_title(shape, fontsize="medium")
-        axes.set_xticks(range(len(passes)), [name.replace("_", "\n") for name in passes])
-    axes = figure.axes[0]
-    axes.plot([], [], "k--", linewidth=1, label="limit")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.suptitle(title)
-    return figure
-
-
-def draw_roofline(rows: Sequence[Row], ceilings: bench_device.Ceilings, title: str) -> Any:
-    """FLOPs per byte against FLOPs per second; only the FLOPs that are needed count."""
-    figure = bench_common.new_figure(figsize=(8, 5.5))
-    axes = figure.subplots()
-    rate = ceilings.flops_per_second[rows[0].precision]
-    ridge = rate / ceilings.bytes_per_second
-    intensities = [row.flops / row.least_bytes for row in rows]
-    ends = [min(intensities) / 2, max(2 * max(intensities), 4 * ridge)]
-    roof = [ends[0], ridge, ends[1]]
-    axes.plot(
-        roof,
-        [min(rate, x * ceilings.bytes_per_second) / 1e9 for x in roof],
-        "k-",
-        label=f"roof: {ceilings.bytes_per_second / 1e9:,.1f} GB/s, {rate / 1e9:,.0f} GFLOP/s",
-    )
-    markers = dict(zip(PASSES, "o^s", strict=True))
-    for index, (lowering, some) in enumerate(grouped(rows, lambda row: row.lowering)):
-        axes.plot([], [], "o", color=f"C{index}", label=lowering)
-        for row in some:
-            if row.median:
-                axes.plot(
-                    row.flops / row.least_bytes,
-                    row.flops_per_second / 1e9,
-                    markers[row.pass_name],
-                    color=f"C{index}",
-                    markersize=5,
-                    alpha=0.7,
-                )
-    for pass_name in dict.fromkeys(row.pass_name for row in rows):
-        axes.plot([], [], markers[pass_name], color="grey", label=pass_name.replace("_", " "))
-    axes.set(xscale="log", yscale="log", title=title)
-    axes.set_xlabel("needed FLOPs per byte that must be moved")
-    axes.set_ylabel("needed GFLOPs per second")
-    axes.legend(fontsize="small")
-    return figure
-
-
-def grouped(rows: Iterable[Row], key: Any) -> Iterator[tuple[Any, list[Row]]]:
-    """`(key, rows)` in the order in which keys first occur."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    yield from groups.items()
-
-
 # The command
 
 
@@ -689,7 +475,7 @@ def check_flags() -> None:
 def main(_: list[str]) -> None:
     try:
         check_flags()
-        shapes = find_shapes(SHAPES.value, BATCH_SIZE.value)
+        shapes = bench_shapes.find_shapes(SHAPES.value, BATCH_SIZE.value)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     ceilings = bench_device.measure_ceilings(PRECISION.value)
@@ -720,7 +506,7 @@ def main(_: list[str]) -> None:
     bench_common.print_table(make_table(rows, ceilings))
     bench_common.print_errors((f"{row.lowering}, {row.pass_name}", row.error) for row in rows)
     if PICTURES.value:
-        draw_pictures(PICTURES.value, rows, ceilings)
+        bench_roofline.draw_pictures(PICTURES.value, rows, ceilings)
 
 
 if __name__ == "__main__":

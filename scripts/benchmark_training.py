@@ -45,7 +45,7 @@ from absl import app, flags
 from keras import ops
 from rich.table import Table
 
-from diagconv_tf import Conditions, ConvSpec, Plan, inspect_model, rewrite
+from diagconv_tf import Conditions, ConvSpec, Plan, error_text, inspect_model, rewrite
 from diagconv_tf.lowerings import Lowering, LoweringChoice, UniformChoice, parse
 from diagconv_tf.spec import PASSES
 from diagconv_tf.timing import Timings, time_interleaved
@@ -316,7 +316,7 @@ def _benchmark(group: Group, blank: Callable[..., Row], budget_seconds: float | 
         try:
             trainers[variant] = Trainer(group, variant, x, y)
         except Exception as error:
-            errors[variant] = bench_common.describe_error(error)
+            errors[variant] = error_text.summary(error)
     if budget_seconds is not None:
         # Making the models is part of it.
         budget_seconds = max(budget_seconds - (time.monotonic() - start), 1e-3)
@@ -333,7 +333,7 @@ def _benchmark(group: Group, blank: Callable[..., Row], budget_seconds: float | 
     for variant in VARIANTS.value:
         trainer, timing = trainers.get(variant), timings.get(variant, Timings())
         if timing.error is not None:
-            errors[variant] = bench_common.describe_error(timing.error)
+            errors[variant] = error_text.summary(timing.error)
         if variant in errors:
             rows.append(blank(variant=variant, error=errors[variant]))
             continue

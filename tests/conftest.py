@@ -39,3 +39,27 @@ def pytest_collection_modifyitems(items):
 def pytest_unconfigure():
     if _CACHE:
         shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture
+def command_in(tmp_path, monkeypatch, capsys):
+    """`command_in(folder)` gives `run`, the command with `folder` as working directory.
+
+    `run("inspect model.keras")` gives `(exit code, standard output, standard
+    error)`. In the arguments `@` is the folder that the command may write to.
+    """
+    from diagconv_tf import cli
+
+    def command_in(folder):
+        monkeypatch.chdir(folder)
+
+        def run(line):
+            try:
+                code = cli.main(line.replace("@", str(tmp_path)).split())
+            except SystemExit as exit:
+                code = exit.code
+            return code, *capsys.readouterr()
+
+        return run
+
+    return command_in

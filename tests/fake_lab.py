@@ -2,9 +2,9 @@
 
 import types
 
-from diagconv_tf import tuning
 from diagconv_tf.inspection import STOCK
 from diagconv_tf.measurements import Measured
+from diagconv_tf.tuning import tuner
 from tests.fake_clock import FakeClock
 
 
@@ -62,8 +62,8 @@ class FakeLab:
                 lab.budgets.append(seconds)
                 return {name: self.first[name] for name in names}
 
-        monkeypatch.setattr(tuning, "ProblemBench", ProblemBench)
-        monkeypatch.setattr(tuning, "TrainingBench", TrainingBench)
+        monkeypatch.setattr(tuner, "ProblemBench", ProblemBench)
+        monkeypatch.setattr(tuner, "TrainingBench", TrainingBench)
 
     @property
     def variants(self):

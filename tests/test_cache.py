@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from diagconv_tf.cache import Cache, cache_folder
 from diagconv_tf.measurements import Measured
+from diagconv_tf.tuning.cache import Cache, cache_folder
 
 KEY = {"what": "problem", "spec": {"groups": 3}, "conditions": {"backend": "abacus"}}
 OTHER = {**KEY, "spec": {"groups": 4}}
@@ -137,7 +137,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, caplog, monkeypatch):
 
 WRITER = """
 import sys
-from diagconv_tf.cache import Cache
+from diagconv_tf.tuning.cache import Cache
 from diagconv_tf.measurements import Measured
 KEY = {"what": "processes"}
 cache = Cache(sys.argv[1])

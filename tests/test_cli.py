@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from diagconv_tf import Conditions, Plan, cli, inspect_model
+from diagconv_tf import Conditions, Plan, inspect_model
 from tests import model_zoo
 from tests.numerics import BACKEND
 
@@ -57,21 +57,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(folder, tmp_path, monkeypatch, capsys):
-    """`run("inspect model.keras")` gives `(exit code, standard output, standard error)`.
-
-    In the arguments `@` is the folder that the command may write to.
-    """
-    monkeypatch.chdir(folder)
-
-    def run(line):
-        try:
-            code = cli.main(line.replace("@", str(tmp_path)).split())
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return run
+def run(folder, command_in):
+    return command_in(folder)
 
 
 def load(path):

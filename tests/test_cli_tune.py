@@ -6,7 +6,7 @@ import keras
 import pytest
 from keras import layers
 
-from diagconv_tf import Plan, cli
+from diagconv_tf import Plan
 from tests.fake_lab import STOCK, FakeLab
 from tests.test_tuning import with_integer_inputs
 
@@ -33,19 +33,9 @@ def lab(monkeypatch):
 
 
 @pytest.fixture
-def run(lab, folder, tmp_path, monkeypatch, capsys):
-    """`run("tune …")` gives `(exit code, standard output, standard error)`; `@` is a folder."""
-    monkeypatch.chdir(folder)
+def run(lab, folder, command_in, tmp_path, monkeypatch):
     monkeypatch.setenv("DIAGCONV_CACHE_DIR", str(tmp_path / "cache"))
-
-    def run(line):
-        try:
-            code = cli.main(line.replace("@", str(tmp_path)).split())
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return run
+    return command_in(folder)
 
 
 def test_tune_writes_a_plan_that_rewrite_takes(run, tmp_path):

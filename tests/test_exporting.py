@@ -446,7 +446,7 @@ def test_a_failure_leaves_the_old_file(format, failure, tmp_path, monkeypatch):
 @formats
 def test_overwrite(format, tmp_path):
     path, _ = old_file(tmp_path, format)
-    with pytest.raises(ValueError, match="not to exist, or overwrite=True .*exists"):
+    with pytest.raises(FileExistsError, match="exists; overwrite=True"):
         export(tiny(), path, format)
     export(tiny(), path, format, overwrite=True)
     assert path.is_dir() == (format == "tf_saved_model")
@@ -470,7 +470,7 @@ def test_overwrite_spares_what_is_no_export(tmp_path):
         ({"format": "pickle"}, r"Expected `format` to be one of .*'onnx'\. Received: .*'pickle'"),
         ({"model": "a path"}, r"Expected .*keras.Model.* Received: 'a path'"),
         ({"model": keras.Sequential([keras.layers.Dense(1)])}, "Expected a built model.*[Cc]all"),
-        ({"path": "no/such/folder/m"}, "in a folder that exists. Received: .*no/such/folder/m'"),
+        ({"path": "no/such/folder/m"}, "in an existing folder. Received: .*no/such/folder/m"),
         ({"format": "litert", "path": "m.onnx"}, r"\*\.tflite .*Received: path=.*m\.onnx"),
         ({"format": "onnx", "path": "model"}, r"\*\.onnx for format='onnx'"),
         ({"path": "m.tflite"}, r"a folder for format='tf_saved_model'.*m\.tflite"),

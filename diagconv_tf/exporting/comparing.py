@@ -10,7 +10,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from diagconv_tf.exporting.report import ExportError, summary_of
+from diagconv_tf import error_text, tracing
+from diagconv_tf.exporting.report import ExportError
 from diagconv_tf.model_tree import place_layers
 
 #: Largest difference, relative to the largest output. float32 and float64 leave
@@ -43,7 +44,7 @@ def tolerance_of(model: keras.Model, outputs: Sequence[np.ndarray]) -> float:
 
 def input_names(model: keras.Model) -> list[str] | None:
     """Names of the flattened inputs, None where the model declares none."""
-    declared = _declared_inputs(model)
+    declared = tracing.declared_inputs(model)
     return None if declared is None else [tensor.name for tensor in keras.tree.flatten(declared)]
 
 
@@ -84,7 +85,7 @@ def run_keras(model: keras.Model, inputs: Any) -> list[np.ndarray]:
     except Exception as error:
         raise ExportError(
             "Keras could not run the model; are these inputs that it is made for (see `sample`)? "
-            f"{summary_of(error)}"
+            f"{error_text.summary(error, lines=2)}"
         ) from error
     if not all(np.isfinite(array.astype("float64")).all() for array in outputs):
         raise ValueError(
@@ -142,17 +143,8 @@ def _compiled(model: keras.Model) -> Callable[[Any], Any]:
     return lambda inputs: model(inputs, training=False)
 
 
-def _declared_inputs(model: keras.Model) -> Any:
-    if isinstance(model, keras.Sequential):
-        return model.inputs[0]
-    try:
-        return model.input
-    except (AttributeError, ValueError):  # A subclass of `keras.Model`.
-        return None
-
-
 def _made_up(model: keras.Model) -> list[Any]:
-    declared = _declared_inputs(model)
+    declared = tracing.declared_inputs(model)
     if declared is None:
         raise ValueError(
             f"Expected `sample`, a batch of inputs, for a model that declares no inputs. "

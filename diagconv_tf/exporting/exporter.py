@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import pathlib
 import tempfile
 import warnings
 from typing import Any
 
 import keras
 
+from diagconv_tf import error_text, files
 from diagconv_tf.exporting import comparing
 from diagconv_tf.exporting.base import Format
 from diagconv_tf.exporting.litert import LiteRT
 from diagconv_tf.exporting.native import counted_depthwise_calls, native_convolutions
 from diagconv_tf.exporting.onnx import Onnx
-from diagconv_tf.exporting.report import ExportError, ExportReport, summary_of
+from diagconv_tf.exporting.report import ExportError, ExportReport
 from diagconv_tf.exporting.saved_model import SavedModel
 from diagconv_tf.model_tree import check_built
 
@@ -81,6 +82,7 @@ with `native=True`; sizes of images must be known |
     Raises:
         ValueError: if an argument is not as described, or the backend cannot
             write the format.
+        FileExistsError: if `path` exists, unless `overwrite`.
         ImportError: if a package is missing.
         ExportError: if the export fails, the file does not run, its outputs
             differ by more than the tolerance, or, with `native=True`, it has
@@ -117,7 +119,7 @@ with `native=True`; sizes of images must be known |
                 f"absolute) in {runtime}"
             )
         size = _size(written)
-        _replace(target, written, folder)
+        files.replace(pathlib.Path(target), pathlib.Path(written))
     return ExportReport(
         path=os.fspath(path),
         format=format,
@@ -156,17 +158,9 @@ def _check_path(path: str | os.PathLike, file_format: Format, overwrite: bool) -
             f"Expected `path` to be {wanted} for format='{file_format.name}'. "
             f"Received: path={os.fspath(path)!r}"
         )
-    if not os.path.isdir(os.path.dirname(target)):
-        raise ValueError(
-            f"Expected `path` to be in a folder that exists. Received: path={os.fspath(path)!r}"
-        )
-    if not os.path.lexists(target):
+    files.check_output(target, overwrite)
+    if not os.path.exists(target):
         return target
-    if not overwrite:
-        raise ValueError(
-            "Expected `path` not to exist, or overwrite=True (--overwrite). "
-            f"Received: path={os.fspath(path)!r}, which exists"
-        )
     replaceable = (
         os.path.isfile(target)
         if file_format.suffix
@@ -207,7 +201,7 @@ def _write(
         except Exception as error:
             raise ExportError(
                 f"Keras could not export the model as {file_format.name} on the "
-                f"{keras.backend.backend()} backend: {summary_of(error)}"
+                f"{keras.backend.backend()} backend: {error_text.summary(error, lines=2)}"
             ) from error
 
 
@@ -216,7 +210,7 @@ def _count_depthwise(file_format: Format, path: str, calls: int, native: bool) -
         found = file_format.count_depthwise(path)
     except Exception as error:
         raise ExportError(
-            f"The exported {file_format.name} cannot be read: {summary_of(error)}"
+            f"The exported {file_format.name} cannot be read: {error_text.summary(error, lines=2)}"
         ) from error
     if native and found is not None and found < calls:
         raise ExportError(
@@ -240,7 +234,7 @@ def _compare(
         outputs = [run(batch, names) for batch in inputs]
     except Exception as error:
         raise ExportError(
-            f"The exported {file_format.name} does not run: {summary_of(error)}"
+            f"The exported {file_format.name} does not run: {error_text.summary(error, lines=2)}"
         ) from error
     pairs = zip(outputs, expected, strict=True)
     return runtime, [comparing.difference(output, wanted) for output, wanted in pairs]
@@ -251,22 +245,6 @@ def _size(path: str) -> int:
         return os.path.getsize(path)
     return sum(
         os.path.getsize(os.path.join(folder, file))
-        for folder, _, files in os.walk(path)
-        for file in files
+        for folder, _, names in os.walk(path)
+        for file in names
     )
-
-
-def _replace(target: str, written: str, folder: str) -> None:
-    """Puts `written` at `target`; `folder` is for what was there."""
-    if not os.path.isdir(target):
-        os.replace(written, target)
-        return
-    # A folder cannot be replaced in one step.
-    old = os.path.join(folder, "old")
-    os.rename(target, old)
-    try:
-        os.rename(written, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import keras
 
+from diagconv_tf.inspection import STOCK
+from diagconv_tf.layer_classes import become, kept_classes
 from diagconv_tf.layers import DiagonalwiseConv2D, LoweredLayer
 from diagconv_tf.model_tree import place_layers
 from diagconv_tf.rules import DEFAULT_RULES, find_rule
@@ -24,31 +26,18 @@ def native_convolutions(model: keras.Model) -> Iterator[None]:
     `Conv2D` layers with one input channel per group run TensorFlow's depthwise
     op, which stock Keras does not use for them.
     """
-    before = []
-    try:
-        for placed in place_layers(model):
-            layer = placed.layer
-            state = (layer, type(layer), vars(layer).get("_lowering"))
+    layers = [place.layer for place in place_layers(model)]
+    with kept_classes(layers):
+        for layer in layers:
             rule = find_rule(layer, DEFAULT_RULES)
             if keras.backend.backend() == "tensorflow" and _is_depthwise_conv2d(layer):
-                before.append(state)
-                layer.__class__ = DiagonalwiseConv2D
-                layer.lowering = "native"
+                become(layer, rule, "native")
             elif rule is not None and type(layer) is rule.replacement:
-                before.append(state)
-                layer.__class__ = rule.source
+                become(layer, rule, STOCK)
             elif isinstance(layer, LoweredLayer):
                 # A subclass of ours, with code of its own.
-                before.append(state)
                 layer.lowering = "native"
         yield
-    finally:
-        for layer, layer_class, lowering in before:
-            layer.__class__ = layer_class
-            if lowering is not None:
-                layer._lowering = lowering
-            elif "_lowering" in vars(layer):
-                del layer._lowering
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 
 
 class ExportError(RuntimeError):
@@ -61,11 +60,3 @@ class ExportReport:
             f"{self.max_difference:.2g}, {self.max_relative_difference:.2g} of the outputs' scale "
             f"(tolerance {self.tolerance:.2g}), at batch size {sizes} in {self.runtime}"
         )
-
-
-def summary_of(error: Exception) -> str:
-    """The class of an error and the start of its message, on one line."""
-    # Keras says where in the first line and why in the second, in bold.
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("\n")
-    text = " ".join([line.strip() for line in lines if line.strip()][:2])
-    return f"{type(error).__name__}: {text[:500]}"

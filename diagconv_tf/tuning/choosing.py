@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from diagconv_tf.inspection import STOCK
-from diagconv_tf.lowerings import LoweringLike
-from diagconv_tf.measurements import Measured, total
+from diagconv_tf.lowerings import LoweringLike, why_not
+from diagconv_tf.measurements import Measured, ProblemMeasurements, total
 from diagconv_tf.spec import PASSES
+from diagconv_tf.tuning.problems import Problem, similarity
 
 #: A first step (or compilation) may take so many times stock's without further ado.
 MOST_FIRST_STEPS = 3.0
 
 #: What takes longer to compile must have paid it back after so many steps.
 PAY_BACK_STEPS = 1000
+
+#: A single lowering is tried in the whole model where the times of its layers
+#: add up to no more than so many times those of the plan; the best two of them.
+PROMISING = 1.5
+MOST_UNIFORM = 2
 
 #: Differences below this share of stock's time are ties, whatever the spread.
 LEAST_GAIN = 0.02
@@ -86,6 +92,55 @@ def choose_lowering(passes: Mapping[str, Mapping[str, Measured]], native_is_stoc
             "by more than the spread and its compilation",
         )
     return Choice(choice, f"{text}: {_ms(time)} against stock's {_ms(stock_time)}")
+
+
+def choose_by_similarity(problem: Problem, known: Sequence[ProblemMeasurements]) -> Choice:
+    """The choice of the most similar problem that was measured, or stock."""
+    near = [
+        (similarity(problem.spec, other.spec), index)
+        for index, other in enumerate(known)
+        if other.stock_op == problem.stock_op
+        and (other.choice == STOCK or not why_not(problem.spec, other.choice))
+    ]
+    distance, index = min(near, default=(float("inf"), -1))
+    if distance == float("inf"):
+        return Choice(STOCK, "not measured: no time was left, and nothing is similar")
+    other = known[index]
+    return Choice(
+        other.choice, f"not measured: no time was left; as {other.layers[0]}, the most similar"
+    )
+
+
+def promising_lowerings(problems: Sequence[ProblemMeasurements]) -> list[str]:
+    """Lowerings that all layers might have, the fastest first."""
+    measured = [problem for problem in problems if problem.passes]
+    best = sum(len(p.layers) * _sum_of_passes(p, None) for p in measured)
+    names = {name for p in measured for passes in p.passes.values() for name in passes}
+    totals = {
+        name: sum(len(p.layers) * _sum_of_passes(p, name) for p in measured)
+        for name in names - {STOCK}
+    }
+    near = [name for name in totals if totals[name] <= PROMISING * best]
+    return sorted(near, key=lambda name: (totals[name], name))[:MOST_UNIFORM]
+
+
+def _sum_of_passes(problem: ProblemMeasurements, name: str | None) -> float:
+    """Seconds of the three passes with one lowering, or with the best of each.
+
+    Where the lowering was not measured, stock stands in for it, as it will.
+    """
+    seconds = 0.0
+    for candidates_of_pass in problem.passes.values():
+        times = {n: m.median for n, m in candidates_of_pass.items() if m.ok}
+        if name is None:
+            seconds += min(times.values(), default=0.0)
+        elif name in times:
+            seconds += times[name]
+        elif name in candidates_of_pass:
+            return float("inf")  # It failed.
+        else:
+            seconds += times.get(STOCK, float("inf"))
+    return seconds
 
 
 def choose_variant(steps: Mapping[str, Measured]) -> Choice:

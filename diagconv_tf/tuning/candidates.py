@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Literal
-
-import keras
 
 from diagconv_tf.inspection import STOCK
 from diagconv_tf.lowerings import why_not
 from diagconv_tf.spec import Conditions, ConvSpec
+from diagconv_tf.tuning.problems import Problem
 
 #: Kernel taps times input channels of a group. `"shifted"` makes a product for
 #: each: a compiler fuses them into one loop, and takes time for each of them.
@@ -22,31 +19,6 @@ MOST_SHIFTS_UNCOMPILED = 25
 #: Up to so many channels one dense convolution is tried: it does as many times
 #: the multiplications.
 MOST_DENSE_CHANNELS = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A convolution, and the Keras op with which the stock layer solves it.
-
-    `Conv2D(groups=channels)` and `DepthwiseConv2D` pose the same problem, and
-    Keras runs different ops for them.
-    """
-
-    spec: ConvSpec
-    stock_op: Literal["depthwise_conv", "conv"]
-
-    @property
-    def native_is_stock(self) -> bool:
-        """Whether the lowering `"native"` runs what stock runs."""
-        spec = self.spec
-        return (
-            self.stock_op == "depthwise_conv"
-            and spec.is_depthwise
-            # Where frameworks differ in what their op takes, or in layouts.
-            and spec.strides[0] == spec.strides[1]
-            and (max(spec.strides) == 1 or max(spec.dilation_rate) == 1)
-            and keras.backend.backend() != "torch"
-        )
 
 
 def first_candidates(problem: Problem, conditions: Conditions) -> list[str]:
@@ -99,19 +71,3 @@ def _is_sensible(spec: ConvSpec, name: str, conditions: Conditions) -> bool:
         compiled = conditions.compiled
         return shifts <= (MOST_SHIFTS_COMPILED if compiled else MOST_SHIFTS_UNCOMPILED)
     return True
-
-
-def similarity(spec: ConvSpec, other: ConvSpec) -> float:
-    """How far two problems are apart: 0 where equal, infinite where a choice
-    for one says nothing of the other.
-
-    The distance is in doublings of height, width, channels and batch.
-    """
-    same = ("kernel_size", "strides", "dilation_rate", "compute_dtype", "data_format")
-    same = (*same, "input_channels_per_group", "output_channels_per_group")
-    if any(getattr(spec, name) != getattr(other, name) for name in same):
-        return math.inf
-    return sum(
-        abs(math.log2((getattr(spec, name) or 1) / (getattr(other, name) or 1)))
-        for name in ("height", "width", "groups", "batch")
-    )

@@ -15,12 +15,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from diagconv_tf.cache import fingerprint
-from diagconv_tf.candidates import Problem
+from diagconv_tf import backends
 from diagconv_tf.inspection import STOCK, Inspection
 from diagconv_tf.layers import LoweredLayer
 from diagconv_tf.model_tree import place_layers
 from diagconv_tf.spec import Conditions
+from diagconv_tf.tuning.cache import fingerprint
+from diagconv_tf.tuning.problems import Problem
 
 #: Settings from outside that change what runs, and how fast.
 _ENVIRONMENT = (
@@ -78,7 +79,7 @@ def _where(conditions: Conditions) -> dict[str, Any]:
 @functools.cache
 def _code() -> str:
     """A hash of the lowerings as they are written: another version, other times."""
-    folder = pathlib.Path(__file__).parent
+    folder = pathlib.Path(backends.__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("lowerings/*.py"), *folder.glob("backends/*.py")]):
         digest.update(path.read_bytes())

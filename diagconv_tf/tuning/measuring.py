@@ -15,12 +15,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from diagconv_tf.candidates import Problem
 from diagconv_tf.inspection import STOCK
 from diagconv_tf.lowerings import convolve, parse
 from diagconv_tf.measurements import Measured
 from diagconv_tf.spec import Conditions, ConvSpec
 from diagconv_tf.timing import time_interleaved
+from diagconv_tf.tuning.problems import Problem
+from diagconv_tf.tuning.pruning import first_samples
 
 #: Timed rounds of the candidates that are left after the first.
 ROUNDS = 15
@@ -28,7 +29,7 @@ ROUNDS = 15
 #: The rounds of one pass end after so many seconds (but not before the first).
 ROUNDS_SECONDS = 1.0
 
-#: What took so many times as long as the best in its first round is dropped.
+#: What takes so many times as long as the best in its first samples is dropped.
 DROP_ABOVE = 3.0
 
 #: Unit roundoff: half the distance from 1 to the next number.
@@ -96,7 +97,7 @@ class ProblemBench:
         """Times of candidates for one pass.
 
         Whatever fails, or computes other numbers than native, has an error in
-        place of a time; what is far from the best has one sample only.
+        place of a time; what is far from the best has few samples.
 
         Args:
             pass_name: `"forward"`, `"input_gradient"` or `"kernel_gradient"`.
@@ -111,7 +112,7 @@ class ProblemBench:
         results: dict[str, Any] = {}
         functions = {name: self._function(name, pass_name, self._tensors) for name in names}
         keeping = {name: _keeping(results, name, functions[name]) for name in names}
-        first = time_interleaved(keeping, rounds=1, warmup=0, clock=self.clock)
+        first = first_samples(keeping, self.clock)
         measured = {name: Measured.from_timings(timings) for name, timings in first.items()}
         measured.update(self._wrong(pass_name, results, measured))
         results.clear()  # All candidates' results together take memory.

@@ -18,19 +18,19 @@ import keras
 from absl import logging
 from keras.src.trainers.trainer import model_supports_jit
 
-from diagconv_tf import candidates, choosing, tuning_keys
-from diagconv_tf.cache import Cache
-from diagconv_tf.candidates import Problem
-from diagconv_tf.inspection import STOCK, ConvolutionRow, Inspection, inspect_model
+from diagconv_tf.inspection import STOCK, Inspection, inspect_model
 from diagconv_tf.lowerings import LoweringLike, why_not
 from diagconv_tf.measurements import Measured, ProblemMeasurements
-from diagconv_tf.measuring import ProblemBench
 from diagconv_tf.plan import Plan
-from diagconv_tf.progress import Progress
 from diagconv_tf.rules import DEFAULT_RULES, Rule
-from diagconv_tf.sample_batch import check_inputs_can_be_made_up
 from diagconv_tf.spec import PASSES, Conditions
-from diagconv_tf.training_bench import ROUNDS_SECONDS, TrainingBench, Variant
+from diagconv_tf.tuning import candidates, choosing, keys
+from diagconv_tf.tuning.cache import Cache
+from diagconv_tf.tuning.measuring import ProblemBench
+from diagconv_tf.tuning.problems import LayersOfProblem, Problem, distinct_problems
+from diagconv_tf.tuning.progress import Progress
+from diagconv_tf.tuning.sample_batch import check_inputs_can_be_made_up
+from diagconv_tf.tuning.training_bench import ROUNDS_SECONDS, TrainingBench, Variant
 
 #: The variant in which each problem has its own choice.
 PLAN = "plan"
@@ -38,11 +38,6 @@ PLAN = "plan"
 #: Other sizes of blocks are tried where the best blocks are within this factor
 #: of the best of all.
 _NEAR_THE_BEST = 1.5
-
-#: A single lowering is tried in the whole model where the times of its layers
-#: add up to no more than so many times those of the plan; the best two of them.
-_PROMISING = 1.5
-_MOST_UNIFORM = 2
 
 #: Of a budget, what the steps of the whole model need is kept free: so many
 #: first steps of stock (a plan's takes up to twice as long), and single steps.
@@ -141,22 +136,6 @@ def _will_be_compiled(model: keras.Model, jit_compile: bool | str) -> bool:
     return bool(jit_compile) and model_supports_jit(model)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layers:
-    """The layers that pose one problem."""
-
-    problem: Problem
-    rows: tuple[ConvolutionRow, ...]
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return tuple(row.path for row in self.rows)
-
-    @property
-    def flops(self) -> int:
-        return sum(row.flops or 0 for row in self.rows)
-
-
 @dataclasses.dataclass
 class _Tuner:
     """One run of `tune`."""
@@ -174,7 +153,7 @@ class _Tuner:
     reserved: float = 0.0
 
     def run(self) -> Plan:
-        groups = _group(self.inspection)
+        groups = distinct_problems(self.inspection)
         if not groups:
             return self._plan({}, (), {}, "No convolution with groups can be rewritten.")
         with Progress(len(groups) * len(PASSES) + 2) as progress:
@@ -186,10 +165,10 @@ class _Tuner:
         return self._plan(variants[choice.name], problems, steps, f"{choice.name}: {choice.reason}")
 
     def _measure_problems(
-        self, groups: Sequence[_Layers], progress: Progress
+        self, groups: Sequence[LayersOfProblem], progress: Progress
     ) -> tuple[ProblemMeasurements, ...]:
         measured: list[ProblemMeasurements] = []
-        left_out: list[_Layers] = []
+        left_out: list[LayersOfProblem] = []
         for index, group in enumerate(groups):
             progress.report(group.paths[0], index * len(PASSES))
             passes = self._measure_problem(group, progress)
@@ -200,19 +179,19 @@ class _Tuner:
             measured.append(_measurements(group, passes, choice))
         known = list(measured)
         for group in left_out:
-            measured.append(_measurements(group, {}, _choice_by_similarity(group.problem, known)))
+            choice = choosing.choose_by_similarity(group.problem, known)
+            measured.append(_measurements(group, {}, choice))
         return tuple(measured)
 
     def _measure_problem(
-        self, group: _Layers, progress: Progress
+        self, group: LayersOfProblem, progress: Progress
     ) -> dict[str, dict[str, Measured]]:
         """Pass → candidate → times; passes are missing where time was short."""
         problem = group.problem
-        keys = {
-            name: tuning_keys.of_problem(problem, name, self.conditions)
-            for name in (STOCK, "lowerings")
+        cache_keys = {
+            name: keys.of_problem(problem, name, self.conditions) for name in (STOCK, "lowerings")
         }
-        known = {} if self.refresh else self._read_problem(keys)
+        known = {} if self.refresh else self._read_problem(cache_keys)
         bench: ProblemBench | None = None
         passes: dict[str, dict[str, Measured]] = {}
         for pass_name in PASSES:
@@ -231,7 +210,7 @@ class _Tuner:
                     new = bench.measure(pass_name, missing, min(times, default=None))
                     new = {f"{pass_name}/{name}": m for name, m in new.items()}
                     known.update(new)
-                    self._write_problem(keys, new)
+                    self._write_problem(cache_keys, new)
                 found.update((n, known[f"{pass_name}/{n}"]) for n in names)
             passes[pass_name] = found
             progress.advance()
@@ -245,15 +224,15 @@ class _Tuner:
         if blocks and min(blocks) <= _NEAR_THE_BEST * min(times.values()):
             yield candidates.further_candidates(problem, self.conditions)
 
-    def _read_problem(self, keys: Mapping[str, Any]) -> dict[str, Measured]:
-        return {n: m for key in keys.values() for n, m in self.cache.read(key).items()}
+    def _read_problem(self, cache_keys: Mapping[str, Any]) -> dict[str, Measured]:
+        return {n: m for key in cache_keys.values() for n, m in self.cache.read(key).items()}
 
-    def _write_problem(self, keys: Mapping[str, Any], new: Mapping[str, Measured]) -> None:
+    def _write_problem(self, cache_keys: Mapping[str, Any], new: Mapping[str, Measured]) -> None:
         # What stock runs depends on the layer, what lowerings do does not.
         stock = {name: m for name, m in new.items() if name.endswith(f"/{STOCK}")}
         for key, part in (
-            (keys[STOCK], stock),
-            (keys["lowerings"], {n: m for n, m in new.items() if n not in stock}),
+            (cache_keys[STOCK], stock),
+            (cache_keys["lowerings"], {n: m for n, m in new.items() if n not in stock}),
         ):
             if part:
                 self.cache.add(key, part)
@@ -281,7 +260,7 @@ class _Tuner:
         rows = {row.path: row for row in self.inspection.rows}
         plan = {path: p.choice for p in problems for path in p.layers if p.choice != STOCK}
         variants: dict[str, Variant] = {STOCK: {}, PLAN: plan}
-        for name in _promising(problems):
+        for name in choosing.promising_lowerings(problems):
             variant = {
                 path: name
                 for problem in problems
@@ -299,7 +278,7 @@ class _Tuner:
     def _measure_variants(
         self, variants: Mapping[str, Variant], progress: Progress
     ) -> dict[str, Measured]:
-        key = tuning_keys.of_training_step(
+        key = keys.of_training_step(
             self.model, self.inspection, self.data, self.conditions, variants
         )
         if not self.refresh:
@@ -371,76 +350,13 @@ class _Tuner:
         return overrides
 
 
-def _group(inspection: Inspection) -> list[_Layers]:
-    """The distinct problems, the most FLOPs first."""
-    groups: dict[Problem, list[ConvolutionRow]] = {}
-    for row in inspection.rows:
-        if row.eligible and row.main_spec is not None:
-            is_conv = isinstance(row.layer, keras.layers.Conv2D)
-            problem = Problem(row.main_spec, "conv" if is_conv else "depthwise_conv")
-            groups.setdefault(problem, []).append(row)
-    layers = [_Layers(problem, tuple(rows)) for problem, rows in groups.items()]
-    return sorted(layers, key=lambda group: -group.flops)
-
-
 def _measurements(
-    group: _Layers, passes: Mapping[str, Mapping[str, Measured]], choice: choosing.Choice
+    group: LayersOfProblem, passes: Mapping[str, Mapping[str, Measured]], choice: choosing.Choice
 ) -> ProblemMeasurements:
     problem = group.problem
     return ProblemMeasurements(
         problem.spec, problem.stock_op, group.paths, passes, choice.name, choice.reason
     )
-
-
-def _choice_by_similarity(
-    problem: Problem, known: Sequence[ProblemMeasurements]
-) -> choosing.Choice:
-    """The choice of the most similar problem that was measured, or stock."""
-    near = [
-        (candidates.similarity(problem.spec, other.spec), index)
-        for index, other in enumerate(known)
-        if other.stock_op == problem.stock_op
-        and (other.choice == STOCK or not why_not(problem.spec, other.choice))
-    ]
-    distance, index = min(near, default=(float("inf"), -1))
-    if distance == float("inf"):
-        return choosing.Choice(STOCK, "not measured: no time was left, and nothing is similar")
-    other = known[index]
-    return choosing.Choice(
-        other.choice, f"not measured: no time was left; as {other.layers[0]}, the most similar"
-    )
-
-
-def _promising(problems: Sequence[ProblemMeasurements]) -> list[str]:
-    """Lowerings that all layers might have, the fastest first."""
-    measured = [problem for problem in problems if problem.passes]
-    best = sum(len(p.layers) * _sum_of_passes(p, None) for p in measured)
-    names = {name for p in measured for passes in p.passes.values() for name in passes}
-    totals = {
-        name: sum(len(p.layers) * _sum_of_passes(p, name) for p in measured)
-        for name in names - {STOCK}
-    }
-    near = [name for name in totals if totals[name] <= _PROMISING * best]
-    return sorted(near, key=lambda name: (totals[name], name))[:_MOST_UNIFORM]
-
-
-def _sum_of_passes(problem: ProblemMeasurements, name: str | None) -> float:
-    """Seconds of the three passes with one lowering, or with the best of each.
-
-    Where the lowering was not measured, stock stands in for it, as it will.
-    """
-    seconds = 0.0
-    for candidates_of_pass in problem.passes.values():
-        times = {n: m.median for n, m in candidates_of_pass.items() if m.ok}
-        if name is None:
-            seconds += min(times.values(), default=0.0)
-        elif name in times:
-            seconds += times[name]
-        elif name in candidates_of_pass:
-            return float("inf")  # It failed.
-        else:
-            seconds += times.get(STOCK, float("inf"))
-    return seconds
 
 
 def _raise_untrainable(model: keras.Model, stock: Measured, made_up: tuple[str, ...]) -> None:

@@ -20,12 +20,14 @@ from absl import logging
 
 from diagconv_tf.copying import copy_model
 from diagconv_tf.inspection import STOCK
+from diagconv_tf.layer_classes import LayerState, become
 from diagconv_tf.lowerings import LoweringLike
 from diagconv_tf.measurements import Measured
 from diagconv_tf.model_tree import place_layers
 from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
-from diagconv_tf.sample_batch import sample_batch
 from diagconv_tf.timing import time_interleaved
+from diagconv_tf.tuning.pruning import first_samples
+from diagconv_tf.tuning.sample_batch import sample_batch
 
 #: Layer path → lowering; what is not named is stock.
 Variant = Mapping[str, LoweringLike]
@@ -36,7 +38,7 @@ ROUNDS = 11
 #: The timed rounds end after so many seconds (but not before the first).
 ROUNDS_SECONDS = 30.0
 
-#: A variant whose first timed step took so many times as long as the best
+#: A variant whose first timed steps took so many times as long as the best
 #: other's is dropped; stock is not.
 DROP_ABOVE = 2.0
 
@@ -96,18 +98,13 @@ class TrainingBench:
         Returns:
             The seconds of the first step, or its error.
         """
-        self._set_lowerings(variant)
+        states = [
+            become(layer, rule, variant.get(path, STOCK))
+            for path, (layer, rule) in self._layers.items()
+        ]
         self._make_train_function()
-        self._variants[name] = _Compiled(
-            [
-                (layer, type(layer), vars(layer).get("_lowering"))
-                for layer, _ in self._layers.values()
-            ],
-            self.model.train_function,
-        )
-        timings = time_interleaved(
-            {name: lambda: self._step(name)}, rounds=1, warmup=0, clock=self.clock
-        )[name]
+        self._variants[name] = _Compiled(states, self.model.train_function)
+        timings = first_samples({name: lambda: self._step(name)}, self.clock)[name]
         self.first[name] = Measured.from_timings(timings)
         return self.first[name]
 
@@ -149,35 +146,18 @@ class TrainingBench:
         finally:
             del vars(self.model)["train_step"]
 
-    def _set_lowerings(self, variant: Variant) -> None:
-        for path, (layer, rule) in self._layers.items():
-            lowering = variant.get(path, STOCK)
-            if lowering == STOCK:
-                layer.__class__ = rule.source
-                vars(layer).pop("_lowering", None)
-            else:
-                layer.__class__ = rule.replacement
-                layer.lowering = lowering
-
     def _step(self, name: str) -> Any:
-        self._variants[name].set_layers()
-        self.model.train_function = self._variants[name].train_function
+        variant = self._variants[name]
+        for state in variant.states:
+            state.set()
+        self.model.train_function = variant.train_function
         batch = self.batch
         return self.model.train_on_batch(batch.x, batch.y, batch.sample_weight)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Compiled:
-    """A variant: its layers' classes and lowerings, and its training function."""
+    """A variant: what its layers are, and its training function."""
 
-    layers: list[tuple[Any, type, Any]]
+    states: list[LayerState]
     train_function: Any
-
-    def set_layers(self) -> None:
-        for layer, cls, lowering in self.layers:
-            # Past Keras's bookkeeping of attributes, which would be timed.
-            object.__setattr__(layer, "__class__", cls)
-            if lowering is None:
-                vars(layer).pop("_lowering", None)
-            else:
-                vars(layer)["_lowering"] = lowering

@@ -57,16 +57,13 @@ class Backend(Protocol):
     def differentiable(self, passes: Trilinear) -> Callable[[Any, Any], Any]:
         """`passes.forward` with the other two passes as its derivatives."""
 
-    def interleave_zeros(self, values: Any, axes: tuple[int, int], strides: tuple) -> Any:
-        """Puts `stride - 1` zeros after every element along two axes, or
-        after every element but the last.
+    def spread(self, values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
+        """Zeros, `stride` times as many along each of two axes, but for element
+        i of `values` at `i * stride + offset`.
         """
 
-    def sum_over_images(self, function: Callable, inputs: Any, outputs: Any) -> list[Any]:
-        """The tensors of `function(inputs, outputs)`, or the sums of what it
-        returns for batches of one image: whichever is faster here. The caller
-        sums the results over the batch axis that is left.
-        """
+    def is_compiled_for_cpu(self) -> bool:
+        """Whether what is traced now will be compiled by XLA for a CPU."""
 
 
 @functools.cache

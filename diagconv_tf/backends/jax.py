@@ -85,23 +85,13 @@ def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
     return forward_pass
 
 
-def interleave_zeros(values: Any, axes: tuple[int, int], strides: tuple) -> Any:
+def spread(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
     padding = [(0, 0, 0)] * values.ndim
-    for axis, stride in zip(axes, strides, strict=True):
-        padding[axis] = (0, 0, stride - 1)
+    for axis, stride, offset in zip(axes, strides, offsets, strict=True):
+        padding[axis] = (offset, stride - 1 - offset, stride - 1)
     return lax.pad(values, jnp.zeros((), values.dtype), padding)
 
 
-def sum_over_images(function: Callable, inputs: Any, outputs: Any) -> list[Any]:
-    if default_device()[0] != "cpu":
-        return function(inputs, outputs)
-    # XLA:CPU does not vectorise a reduction over batch and space; adding whole
-    # images into an accumulator it does (measured: 2 to 14 times faster).
-    first = jax.eval_shape(function, inputs[:1], outputs[:1])
-    zeros = [jnp.zeros(product.shape, product.dtype) for product in first]
-
-    def add_image(totals, images):
-        products = function(*(image[None] for image in images))
-        return [t + p for t, p in zip(totals, products, strict=True)], None
-
-    return lax.scan(add_image, zeros, (inputs, outputs))[0]
+def is_compiled_for_cpu() -> bool:
+    # Loops are compiled even where no function around them is.
+    return default_device()[0] == "cpu"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 from diagconv_tf.spec import ConvSpec
 
@@ -82,33 +83,20 @@ def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
     return forward_pass
 
 
-def interleave_zeros(values: Any, axes: tuple[int, int], strides: tuple) -> Any:
-    for axis, stride in zip(axes, strides, strict=True):
+def spread(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
+    for axis, stride, offset in zip(axes, strides, offsets, strict=True):
         shape = list(_shape(values))
         padding = [[0, 0]] * (len(shape) + 1)
-        padding[axis + 1] = [0, stride - 1]
+        padding[axis + 1] = [offset, stride - 1 - offset]
         shape[axis] *= stride
         values = tf.reshape(tf.pad(tf.expand_dims(values, axis + 1), padding), shape)
     return values
 
 
-def sum_over_images(function: Callable, inputs: Any, outputs: Any) -> list[Any]:
-    if default_device()[0] != "cpu" or inputs.shape[0] == 0:
-        return function(inputs, outputs)
-    # XLA:CPU does not vectorise a reduction over batch and space; adding whole
-    # images into an accumulator it does (measured: 2 to 14 times faster).
-    count = _shape(inputs)[0]
-    image_like = [tf.zeros((1, *_shape(batch)[1:]), batch.dtype) for batch in (inputs, outputs)]
-    zeros = [tf.zeros_like(product) for product in function(*image_like)]
-
-    def add_image(index, totals):
-        products = function(inputs[index][None], outputs[index][None])
-        return index + 1, [t + p for t, p in zip(totals, products, strict=True)]
-
-    _, totals = tf.while_loop(
-        lambda index, _: index < count, add_image, (0, zeros), maximum_iterations=count
-    )
-    return totals
+def is_compiled_for_cpu() -> bool:
+    # The only way to learn it while a function is traced.
+    in_xla = control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+    return in_xla and default_device()[0] == "cpu"
 
 
 def _depthwise_conv2d(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:

@@ -111,19 +111,19 @@ def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
     return Forward.apply
 
 
-def interleave_zeros(values: Any, axes: tuple[int, int], strides: tuple) -> Any:
+def spread(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
     shape = list(values.shape)
     steps = [slice(None)] * values.ndim
-    for axis, stride in zip(axes, strides, strict=True):
+    for axis, stride, offset in zip(axes, strides, offsets, strict=True):
         shape[axis] *= stride
-        steps[axis] = slice(None, None, stride)
-    spread = values.new_zeros(shape)
-    spread[tuple(steps)] = values
-    return spread
+        steps[axis] = slice(offset, None, stride)
+    zeros = values.new_zeros(shape)
+    zeros[tuple(steps)] = values
+    return zeros
 
 
-def sum_over_images(function: Callable, inputs: Any, outputs: Any) -> list[Any]:
-    return function(inputs, outputs)
+def is_compiled_for_cpu() -> bool:
+    return False
 
 
 def _window_arguments(spec: ConvSpec) -> dict[str, Any]:

@@ -111,6 +111,12 @@ class ProblemMeasurements:
     choice: LoweringLike
     reason: str
 
+    def runs(self, name: str) -> bool:
+        """Whether the candidate `name` was measured in every pass, and did not fail."""
+        return all(
+            name in candidates and candidates[name].ok for candidates in self.passes.values()
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types."""
         return {

@@ -445,6 +445,21 @@ def test_the_model_is_not_touched(lab, tmp_path, monkeypatch, caplog, is_compile
     assert ("is not compiled" in caplog.text) == (not is_compiled)
 
 
+def test_one_lowering_for_all_spares_the_layers_that_it_was_not_measured_for(lab, run):
+    def layer(problem, pass_name, name):
+        if problem.spec.strides == (1, 1):  # Blocks are far from the best: no others are tried.
+            return took({STOCK: 1.0}.get(name, 9.0))
+        return took({STOCK: 9.0, "diagonal:16": 1.0, "diagonal:32": 1.2}.get(name, 5.0))
+
+    lab.layer = layer
+    inputs = keras.Input((8, 8, 64))
+    x = layers.DepthwiseConv2D(3, name="dw1")(inputs)
+    x = layers.DepthwiseConv2D(3, strides=2, name="dw2")(x)
+    run(compiled(keras.Model(inputs, layers.GlobalAveragePooling2D()(x))))
+    assert lab.variants["plan"] == {"dw2": "diagonal:16"}
+    assert not any("dw1" in variant for variant in lab.variants.values())
+
+
 def test_a_rewritten_model_is_tuned_against_stock(lab, run):
     lab.by_name({STOCK: 3.0, "shifted": 1.0})
     model = rewrite(compiled(model_zoo.skip_connections()), "dense")

@@ -264,6 +264,8 @@ class _Tuner:
             variant = {
                 path: name
                 for problem in problems
+                # Where it was not worth measuring, it would be slow.
+                if not problem.passes or problem.runs(name)
                 for path in problem.layers
                 if not any(
                     why_not(spec, name, conditions=self.conditions) for spec in rows[path].specs

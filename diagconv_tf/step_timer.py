@@ -203,7 +203,8 @@ class StepTimer(keras.callbacks.Callback):
         self._waiting = None
         self._last_end = None
         self._count_images = _image_counter(self._model)
-        self._images_before = 0.0
+        counter = self._count_images
+        self._images_before = counter.at_epoch_begin() if counter is not None else 0.0
 
     def on_train_batch_begin(self, batch, logs=None):
         # What other callbacks left running on the device is theirs.
@@ -271,7 +272,7 @@ class StepTimer(keras.callbacks.Callback):
     def _images_since(self):
         if self._count_images is None:
             return None
-        now = self._count_images()
+        now = self._count_images.now()
         images, self._images_before = now - self._images_before, now
         return images if images > 0 else None  # Another callback reset it.
 
@@ -358,8 +359,29 @@ class _Samples:
                 values.append(value)
 
 
-def _image_counter(model) -> Callable[[], float] | None:
-    """A function that returns how many images this epoch has had so far.
+@dataclasses.dataclass(frozen=True)
+class _ImageCounter:
+    """The weight of Keras's mean loss: images of the epoch."""
+
+    model: keras.Model
+    count: keras.Variable
+    index: int
+
+    def at_epoch_begin(self) -> float:
+        """0, unless a training goes on within an epoch."""
+        return float(keras.ops.convert_to_numpy(self.count))
+
+    def now(self) -> float:
+        """After a step."""
+        # Within an epoch JAX keeps the values out of the variables.
+        state = getattr(self.model, "_jax_state", None)
+        if state:
+            return float(state["metrics_variables"][self.index])
+        return float(keras.ops.convert_to_numpy(self.count))
+
+
+def _image_counter(model) -> _ImageCounter | None:
+    """Of how many images this epoch has had so far.
 
     It reads the weight of Keras's mean loss. Keras's own `train_step` weighs
     the loss of a batch with its number of images, on every backend and over all
@@ -377,15 +399,7 @@ def _image_counter(model) -> Callable[[], float] | None:
     if count is None or count.dtype not in ("float32", "float64"):
         return None
     index = [variable is count for variable in model.metrics_variables].index(True)
-
-    def read():
-        # Within an epoch JAX keeps the values out of the variables.
-        state = getattr(model, "_jax_state", None)
-        if state:
-            return float(state["metrics_variables"][index])
-        return float(keras.ops.convert_to_numpy(count))
-
-    return read
+    return _ImageCounter(model, count, index)
 
 
 def _full_steps(images: float, full_batch: float) -> int | None:

@@ -21,6 +21,10 @@ from absl import flags
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
+#: Networks that the recipes build; another `model` is a file.
+BUILT_IN = ("mobilenet_v1", "mobilenet_v2")
+MODEL_FILES = (".keras", ".h5")
+
 
 def _setting(
     default: Any,
@@ -48,7 +52,11 @@ class Config:
     """
 
     name: str = _setting("experiment", "names the folder of the results")
-    model: str = _setting("mobilenet_v1", "the network", choices=("mobilenet_v1", "mobilenet_v2"))
+    model: str = _setting(
+        "mobilenet_v1",
+        "the network: 'mobilenet_v1', 'mobilenet_v2', or the path of a .keras or .h5 file to "
+        "train further; its last layer is replaced where the number of classes is another",
+    )
     stem: str = _setting(
         "cifar", "strides for small images or for large ones", choices=("cifar", "imagenet")
     )
@@ -60,15 +68,22 @@ class Config:
         least=0,
         below=1,
     )
+    input_range: str = _setting(
+        "symmetric",
+        "of the pixels that the model takes: 'symmetric' is [-1, 1], 'unit' [0, 1], 'bytes' "
+        "[0, 255]; models from files may want another than ours",
+        choices=("symmetric", "unit", "bytes"),
+    )
     lowering: str = _setting(
         "diagonal:32",
-        "how the depthwise layers compute: 'diagonal:32', 'shifted', …; as JSON one per pass: "
-        '\'{"forward": …, "input_gradient": …, "kernel_gradient": …}\'',
+        "how the depthwise layers compute: 'stock' (Keras's own layers), 'diagonal:32', 'shifted', "
+        "…; 'tune' measures which is the fastest here; the path of a plan as JSON file; or as JSON "
+        'one per pass: \'{"forward": …, "input_gradient": …, "kernel_gradient": …}\'',
     )
     compare: tuple[str, ...] = _setting(
         (),
-        "lowerings to train one after another from the same start, 'stock' for Keras's own "
-        "layers; empty: stock and --lowering. The last one's model is saved",
+        "lowerings to train one after another from the same start, in place of --lowering and "
+        "stock. The last one's model is saved",
     )
 
     dataset: str = _setting(
@@ -79,27 +94,63 @@ class Config:
     image_size: int = _setting(32, "height and width in pixels", least=32)
     augmentation: str = _setting(
         "none",
-        "of training images: 'crop' shifts by up to 1/8 of the size, 'crop_flip' mirrors as well",
-        choices=("none", "crop", "crop_flip"),
+        "of training images: 'crop' shifts by up to 1/8 of the size, 'crop_flip' mirrors as well, "
+        "'inception' takes a random part of random shape, and mirrors; 'auto' is 'crop_flip' "
+        "below 64 pixels, else 'inception'",
+        choices=("none", "crop", "crop_flip", "inception", "auto"),
+    )
+    corrupt_images: str = _setting(
+        "skip",
+        "files in folders that cannot be decoded: found before the training and left out, found "
+        "and an error, or not looked for",
+        choices=("skip", "fail", "unchecked"),
+    )
+    cache_gb: float = _setting(
+        4.0, "datasets of no more than this, as files, are kept in memory", least=0
+    )
+    shuffle_buffer: int = _setting(
+        16384, "images to draw from, of a dataset that is not kept in memory", least=1
     )
 
     batch_size: int = _setting(64, "images in a step", least=1)
     epochs: int = _setting(10, "passes over the training images", least=1)
     max_steps: int | None = _setting(None, "end after so many steps, for a trial", least=1)
-    learning_rate: float = _setting(
-        0.1, "at the end of the warm-up; from there a cosine to 0", above=0
+    optimizer: str = _setting("sgd", "with Nesterov momentum, or not", choices=("sgd", "rmsprop"))
+    learning_rate: float = _setting(0.1, "the highest, at the end of the warm-up", above=0)
+    schedule: str = _setting(
+        "cosine",
+        "of the learning rate after the warm-up: 'cosine' to 0, or 'step': times --decay_rate "
+        "every --decay_epochs",
+        choices=("cosine", "step", "constant"),
     )
+    decay_rate: float = _setting(0.1, "of the schedule 'step'", above=0)
+    decay_epochs: float = _setting(30.0, "of the schedule 'step'", above=0)
     warmup_fraction: float = _setting(
         0.1, "of all steps, in which the learning rate rises", least=0, below=1
     )
-    momentum: float = _setting(0.9, "of SGD, in Nesterov's form", least=0, below=1)
+    momentum: float = _setting(0.9, "of the optimizer", least=0, below=1)
+    rho: float = _setting(0.9, "of RMSprop: decay of the mean of squares", least=0, below=1)
+    epsilon: float = _setting(1e-7, "of RMSprop, under the root", above=0)
     weight_decay: float = _setting(
         0.0, "decoupled, times the learning rate; not on biases and batch norms", least=0
     )
+    label_smoothing: float = _setting(
+        0.0, "share of each label that goes to all classes", least=0, below=1
+    )
+    ema_momentum: float = _setting(
+        0.0,
+        "of averaged weights, which are tested and saved in place of the last; 0 for none",
+        least=0,
+        below=1,
+    )
+    gradient_accumulation: int = _setting(
+        1, "steps whose gradients are averaged for one update of the weights", least=1
+    )
     dtype_policy: str = _setting(
         "float32",
-        "of the layers; in 'float64' the variants stay together for longer",
-        choices=("float32", "float64"),
+        "of the layers; mixed_float16 scales the loss; in float64 the variants stay together for "
+        "longer",
+        choices=("float32", "float64", "mixed_bfloat16", "mixed_float16"),
     )
     jit_compile: str = _setting(
         "auto", "compile with XLA; 'auto' is Keras's choice", choices=("auto", "on", "off")
@@ -108,6 +159,9 @@ class Config:
 
     output_dir: str = _setting("runs", "folder of all results")
     overwrite: bool = _setting(False, "replace results of the same name")
+    resume: bool = _setting(False, "go on with the run of the same name where there is one")
+    checkpoint_epochs: int = _setting(1, "save a checkpoint every so many epochs", least=1)
+    profile: bool = _setting(False, "trace 20 steps of each variant, for TensorBoard or Perfetto")
 
     def __new__(cls, **values: Any) -> Config:
         # Here and not in `__init__`, which is the dataclass's own.
@@ -123,6 +177,13 @@ class Config:
             raise ValueError(
                 "Expected config key `name` to be a plain folder name. "
                 f"Received: name={self.name!r}"
+            )
+        if self.resume and self.overwrite:
+            raise ValueError("Expected one of `resume` and `overwrite`. Received: both")
+        if self.model not in BUILT_IN and not self.model.endswith(MODEL_FILES):
+            raise ValueError(
+                f"Expected config key `model` to be one of {', '.join(BUILT_IN)}, or the path of "
+                f"a file named *.keras or *.h5. Received: model={self.model!r}"
             )
         repeated = {name for name in self.variants if self.variants.count(name) > 1}
         if repeated:

@@ -1,26 +1,30 @@
 """Trains a network, stock and diagonalwise, on the same batches, and compares.
 
     python -m recipes.train --config=digits_mobilenet_v1
-    python -m recipes.train --config=digits_mobilenet_v1 --epochs=2 --compare=stock,shifted
+    python -m recipes.train --config=digits_mobilenet_v1 --epochs=2 --compare=stock,shifted,tune
 
-Reads from top to bottom: checks → data → models → fit → report → export. The
-results are in `runs/NAME`; `recipes/report.py` says which files.
+Reads from top to bottom: checks → data → model → tune → rewrite → fit →
+restore → report → export. The results are in `runs/NAME`; `recipes/report.py`
+says which files. A run that was interrupted goes on with `--resume`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import re
+import functools
+import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 from absl import app, flags, logging
 
-from diagconv_tf import StepTimer, export, files, inspect_model
+from diagconv_tf import StepTimer, export, files, inspect_model, restore
 from recipes import config as config_module
 from recipes import data, models
+from recipes.checkpoints import Checkpoints
 from recipes.config import (
+    BUILT_IN,
     Config,
     config_from_flags,
     define_flags,
@@ -28,15 +32,21 @@ from recipes.config import (
     load_config,
     parse_flags,
 )
-from recipes.report import (
-    MetricsLog,
-    RunReport,
-    StopAfter,
-    TensorBoardLog,
-    VariantResult,
-    environment,
-    new_run_folder,
+from recipes.finetuning import load_start
+from recipes.fitting import fit_from
+from recipes.input_wait import seconds_without_input
+from recipes.interruption import (
+    EXIT_INTERRUPTED,
+    Interruption,
+    NonFiniteLossError,
+    TrainingInterrupted,
 )
+from recipes.optimizers import compile_model
+from recipes.profiling import Profile
+from recipes.recording import MetricsLog, StopAfter, TensorBoardLog
+from recipes.report import RunReport, VariantResult, environment
+from recipes.run_folder import open_run_folder, progress_until
+from recipes.variants import Variant
 
 CONFIG = flags.DEFINE_string(
     "config", "digits_mobilenet_v1", "a file in recipes/configs, or the path of one"
@@ -65,105 +75,170 @@ def run_recipe(config: Config, *, verbose: int = 1) -> RunReport:
     Raises:
         RecipeError: Before any training, if the data, a lowering or the folder
             of the results is not as expected.
+        TrainingInterrupted: After SIGTERM or SIGINT, when the step is saved.
+        NonFiniteLossError: If the loss is NaN or infinite.
     """
-    on_tensorflow = keras.backend.backend() == "tensorflow"
-
-    # Data, models and folder: whatever can be wrong is found here, in seconds.
+    # Whatever can be wrong is found here, in seconds.
     try:
+        variants = [Variant.parse(name) for name in config.variants]
         images = data.load(
             config.dataset,
             image_size=config.image_size,
             data_dir=config.data_dir,
             download=config.download,
+            corrupt_images=config.corrupt_images,
+            cache_gb=config.cache_gb,
+            shuffle_buffer=config.shuffle_buffer,
         )
-        steps_per_epoch = len(training_batches(config, images))
-        variants = {name: build_model(config, images, name) for name in config.variants}
-        folder = new_run_folder(config)
+        data.steps_per_epoch(images, config.batch_size)
+        model = build_model(config, images)
+        folder = open_run_folder(config)
     except (ValueError, OSError) as error:
         raise RecipeError(str(error)) from error
     logging.info("The results will be in %s", folder)
-    logging.info("%s", inspect_model(next(iter(variants.values())), config.batch_size))
-    if not on_tensorflow:
-        logging.warning(
-            "TensorBoard events and a SavedModel need the TensorFlow backend. Received: %s",
-            keras.backend.backend(),
-        )
+    logging.info("%s", inspect_model(model, config.batch_size))
 
-    # The same start for all.
-    start = next(iter(variants.values())).get_weights()
-    for model in variants.values():
-        model.set_weights(start)
-
-    # Fit.
     results = []
-    with open(folder / "metrics.jsonl", "w") as metrics_file:
-        for variant, model in variants.items():
-            logging.info(
-                "Training %s (%s): %d epochs of %d steps with %d images",
-                config.model,
-                variant,
-                config.epochs,
-                steps_per_epoch,
-                config.batch_size,
-            )
-            # The same dropout for all: on PyTorch it has no generator of its own.
-            keras.utils.set_random_seed(config.seed)
-            compile_model(model, config, steps_per_epoch)
-            # The timer comes first, so that it does not time the others.
-            timer, log = StepTimer(), MetricsLog(variant, metrics_file)
-            batches = training_batches(config, images)
-            callbacks = [timer, log, data.FollowEpochs(batches)]
-            if on_tensorflow:
-                callbacks.append(TensorBoardLog(folder / "tensorboard" / file_name(variant)))
-            if config.max_steps is not None:
-                callbacks.append(StopAfter(config.max_steps))
-            model.fit(
-                batches,
-                validation_data=data.EvaluationBatches(images.test, config.batch_size),
-                epochs=config.epochs,
-                callbacks=callbacks,
-                shuffle=False,  # The batches know their order.
-                verbose=verbose,
-            )
-            result = VariantResult(
-                name=variant,
-                losses=tuple(log.losses),
-                test_accuracies=tuple(log.test_accuracies),
-                steps=timer.summary(),
-                step_seconds=timer.timings.samples,
-            )
-            log.write_end(result)
-            results.append(result)
+    for variant in variants:
+        model, result = train_variant(config, images, variant, folder, verbose=verbose)
+        results.append(result)
 
-    # Report.
-    report = RunReport(config, folder, environment(), tuple(results))
+    # The last variant, in stock layers again.
+    restored = restore(model)
+    test = evaluation_data(config, images)
+    accuracy = restored.evaluate(test, return_dict=True, verbose=0)["accuracy"]
+    files.write_aside(folder / "model.keras", without_training_state(restored).save)
+    exported = export_model(restored, folder)
+    report = RunReport(config, folder, environment(), tuple(results), accuracy, exported)
     report.write()
-
-    # Export: the last variant as it was trained, and in stock layers.
-    files.write_aside(folder / "model.keras", model.save)
-    if on_tensorflow:
-        # TensorFlow tells every step of it through absl.
-        with quiet_logging():
-            exported = export(model, folder / "saved_model")
-        logging.info("%s", exported)
     return report
 
 
-def training_batches(config: Config, images: data.ImageData) -> data.TrainingBatches:
-    """The training images as batches of epoch 0."""
-    return data.TrainingBatches(
-        images.train, config.batch_size, seed=config.seed, augmentation=config.augmentation
+def train_variant(
+    config: Config,
+    images: data.ImageData,
+    variant: Variant,
+    folder: pathlib.Path,
+    *,
+    verbose: int = 1,
+) -> tuple[keras.Model, VariantResult]:
+    """Trains one variant to its end, from its last checkpoint if there is one.
+
+    Returns:
+        The trained model, and what was measured.
+    """
+    steps_per_epoch = data.steps_per_epoch(images, config.batch_size)
+    epochs = config.epochs
+    if config.max_steps is not None:
+        epochs = min(epochs, -(-config.max_steps // steps_per_epoch))
+    result_file = folder / "results" / f"{variant.file_name}.json"
+    metrics_file = folder / "metrics.jsonl"
+    checkpoints = Checkpoints(folder / "checkpoints" / variant.file_name)
+
+    # The same start for all.
+    model = build_model(config, images)
+    compile_model(model, config, steps_per_epoch)
+    plan = variant.apply(model, config)
+    if plan is not None:
+        (folder / "plans").mkdir(exist_ok=True)
+        plan.save(folder / "plans" / f"{variant.file_name}.json", overwrite=True)
+    # The same dropout for all: on PyTorch it has no generator of its own.
+    keras.utils.set_random_seed(config.seed)
+    start = checkpoints.restore(model)
+    if start is not None and result_file.exists():
+        # As at the end of `fit`: the weights become their moving averages, if there are any.
+        model.optimizer.finalize_variable_values(model.trainable_variables)
+        return model, VariantResult.from_json(result_file.read_text())
+    progress = progress_until(metrics_file, variant.name, start.step if start else 0)
+
+    logging.info(
+        "Training %s (%s): %d epochs of %d steps with %d images, from step %d",
+        config.model,
+        variant.name,
+        epochs,
+        steps_per_epoch,
+        config.batch_size,
+        start.step if start else 0,
+    )
+    with metrics_file.open("a") as file, Interruption() as interruption:
+        # The timer comes first, so that it does not time the others.
+        timer = StepTimer()
+        log = MetricsLog(variant.name, file, progress, start.record if start else {})
+        callbacks: list[keras.callbacks.Callback] = [timer, log]
+        if config.ema_momentum:
+            callbacks.append(keras.callbacks.SwapEMAWeights())
+        if keras.backend.backend() == "tensorflow":
+            events = folder / "tensorboard" / variant.file_name
+            callbacks.append(TensorBoardLog(events, timer))
+        if config.max_steps is not None:
+            callbacks.append(StopAfter(config.max_steps - len(progress.losses)))
+        if config.profile:
+            callbacks.append(Profile(folder / "profile" / variant.file_name))
+        fit_from(
+            model,
+            start,
+            functools.partial(training_data, config, images),
+            steps_per_epoch=steps_per_epoch,
+            epochs=epochs,
+            validation_data=evaluation_data(config, images),
+            callbacks=callbacks,
+            checkpoints=checkpoints,
+            save_every=config.checkpoint_epochs,
+            record=log.state,
+            interruption=interruption,
+            verbose=verbose,
+        )
+    result = VariantResult(
+        name=variant.name,
+        losses=tuple(log.losses),
+        test_accuracies=tuple(log.test_accuracies),
+        steps=timer.summary(),
+        step_seconds=timer.timings.samples,
+        without_input_seconds=seconds_without_input(
+            model, next(iter(training_data(config, images, 0)))
+        ),
+        choice=plan.reason if plan is not None else "",
+    )
+    result_file.parent.mkdir(exist_ok=True)
+    files.write_text(result_file, result.to_json())
+    return model, result
+
+
+def training_data(config: Config, images: data.ImageData, first_step: int) -> Any:
+    """The batches from `first_step` on to the end of the last epoch."""
+    return data.training_dataset(
+        images,
+        config.batch_size,
+        seed=config.seed,
+        epochs=config.epochs,
+        augmentation=config.augmentation,
+        first_step=first_step,
+        input_range=config.input_range,
+        one_hot=bool(config.label_smoothing),
     )
 
 
-def build_model(config: Config, images: data.ImageData, variant: str) -> keras.Model:
-    """The network with the depthwise layers of `variant`.
+def evaluation_data(config: Config, images: data.ImageData) -> Any:
+    """All test images in their order."""
+    return data.evaluation_dataset(
+        images,
+        config.batch_size,
+        augmentation=config.augmentation,
+        input_range=config.input_range,
+        one_hot=bool(config.label_smoothing),
+    )
+
+
+def build_model(config: Config, images: data.ImageData) -> keras.Model:
+    """The network in Keras's own layers, with the weights that all variants start from.
 
     Raises:
-        ValueError: If the lowering is unknown or cannot compute a layer.
+        ValueError: If a file has no model that fits the images.
     """
     # The same initial weights, and seeds of dropout, in every variant.
     keras.utils.set_random_seed(config.seed)
+    if config.model not in BUILT_IN:
+        return load_start(config.model, images.image_shape, images.classes)
     build = {"mobilenet_v1": models.mobilenet_v1, "mobilenet_v2": models.mobilenet_v2}
     former_policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(config.dtype_policy)
@@ -175,51 +250,27 @@ def build_model(config: Config, images: data.ImageData, variant: str) -> keras.M
             stem=config.stem,
             dropout=config.dropout,
             batch_norm_momentum=config.batch_norm_momentum,
-            lowering=parse_lowering(variant),
         )
     finally:
         keras.config.set_dtype_policy(former_policy)
 
 
-def parse_lowering(variant: str) -> models.Lowering | None:
-    """The lowering for the layers; `None` for `"stock"`, a dict for JSON."""
-    if variant == "stock":
-        return None
-    if not variant.startswith("{"):
-        return variant
-    try:
-        return json.loads(variant)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"Expected a lowering per pass to be a JSON object. Received: {variant} ({error})"
-        ) from error
+def without_training_state(model: keras.Model) -> keras.Model:
+    """`model` as it is saved for others: its optimizer and schedule are the recipe's."""
+    model.compiled = False
+    model.optimizer = None
+    return model
 
 
-def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> None:
-    """SGD with Nesterov momentum, a linear warm-up and a cosine to zero."""
-    steps = config.epochs * steps_per_epoch
-    warmup_steps = int(config.warmup_fraction * steps)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        # Not 0, or the first step would be lost.
-        initial_learning_rate=config.learning_rate / max(1, warmup_steps),
-        warmup_target=config.learning_rate,
-        warmup_steps=warmup_steps,
-        decay_steps=steps - warmup_steps,
-    )
-    optimizer = keras.optimizers.SGD(
-        schedule,
-        momentum=config.momentum,
-        nesterov=True,
-        weight_decay=config.weight_decay or None,
-    )
-    if config.weight_decay:
-        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    model.compile(
-        optimizer,
-        loss="sparse_categorical_crossentropy",
-        metrics=["accuracy"],
-        jit_compile={"auto": "auto", "on": True, "off": False}[config.jit_compile],
-    )
+def export_model(model: keras.Model, folder: pathlib.Path) -> str:
+    """Writes a SavedModel where the backend can; returns what was found, or why not."""
+    if keras.backend.backend() != "tensorflow":
+        return ""
+    # TensorFlow tells every step of it through absl.
+    with quiet_logging():
+        exported = export(model, folder / "saved_model", overwrite=True)
+    logging.info("%s", exported)
+    return str(exported)
 
 
 @contextlib.contextmanager
@@ -233,11 +284,6 @@ def quiet_logging() -> Iterator[None]:
         logging.set_verbosity(former)
 
 
-def file_name(variant: str) -> str:
-    """`variant` without the characters that file systems dislike."""
-    return re.sub(r"[^\w.]+", "-", variant).strip("-")
-
-
 def main(argv: list[str]) -> None:
     """Runs the recipe that the flags describe."""
     del argv
@@ -248,8 +294,10 @@ def main(argv: list[str]) -> None:
         exit_with_line(str(error), code=2)
     try:
         report = run_recipe(config)
-    except RecipeError as error:
+    except (RecipeError, NonFiniteLossError) as error:
         exit_with_line(str(error), code=1)
+    except TrainingInterrupted as interruption:
+        exit_with_line(str(interruption), code=EXIT_INTERRUPTED)
     report.print()
     print(f"Results: {report.folder}")
 

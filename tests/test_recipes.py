@@ -1,8 +1,10 @@
-"""The recipe: its data, its configurations, its files and its errors."""
+"""The recipe: its configurations, its files and its errors. (Its data: test_recipe_data.py.)"""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import signal
 
 import keras
 import numpy as np
@@ -11,213 +13,21 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from diagconv_tf import DiagonalwiseDepthwiseConv2D, files
+from diagconv_tf import DiagonalwiseDepthwiseConv2D, Plan, files, rewrite
 from recipes import config as config_module
-from recipes import data, report, train
+from recipes import data, optimizers, train
 from recipes.config import Config, load_config
+from recipes.finetuning import load_start
+from recipes.input_wait import seconds_without_input, wait_share
+from recipes.interruption import NonFiniteLossError, TrainingInterrupted
+from recipes.recording import StopAfter
+from recipes.report import VariantResult
+from recipes.run_folder import Progress, open_run_folder, progress_until
+from recipes.variants import Variant
+from tests.mocked_tfds import mocked_set
 
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 needs_tensorflow = pytest.mark.skipif(not ON_TENSORFLOW, reason="of the TensorFlow backend only")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-def read_all(source):
-    return source.images(np.arange(len(source.labels)))
-
-
-# Data
-
-
-def test_digits_are_split_into_disjoint_balanced_parts(digits):
-    assert len(digits.train.labels) == 1437
-    assert len(digits.test.labels) == 360
-    assert digits.classes == 10
-    images = [{image.tobytes() for image in read_all(part)} for part in (digits.train, digits.test)]
-    assert not images[0] & images[1]
-    for label in range(10):
-        counts = [int(np.sum(part.labels == label)) for part in (digits.train, digits.test)]
-        assert counts[1] / sum(counts) == pytest.approx(0.2, abs=0.005)
-
-
-def test_digits_are_the_pictures_of_scikit_learn(digits):
-    from sklearn.datasets import load_digits
-
-    # Averaged back to 8x8, each picture is closest to one of its own label.
-    pixels = read_all(digits.test)
-    assert pixels.shape == (360, 32, 32, 3)
-    assert pixels.dtype == np.uint8
-    small = pixels[:50].mean(axis=-1).reshape(50, 8, 4, 8, 4).mean(axis=(2, 4)).reshape(50, 64)
-    original = load_digits()
-    distances = np.linalg.norm(small[:, None] - original.data * (255 / 16), axis=-1)
-    assert np.array_equal(original.target[distances.argmin(axis=1)], digits.test.labels[:50])
-
-
-def test_batches_are_a_function_of_seed_and_epoch(digits):
-    def batch(seed=0, epoch=0, index=3, augmentation="crop"):
-        batches = data.TrainingBatches(
-            digits.train, 64, seed=seed, epoch=epoch, augmentation=augmentation
-        )
-        return batches[index]
-
-    images, labels = batch()
-    assert images.shape == (64, 32, 32, 3)
-    assert images.dtype == np.float32
-    assert labels.dtype == np.int32
-    assert images.min() == -1
-    assert 0.9 < images.max() <= 1
-    np.testing.assert_array_equal(batch()[0], images)
-    np.testing.assert_array_equal(batch(augmentation="none")[1], labels)
-    for other in (batch(seed=1), batch(epoch=1), batch(index=4)):
-        assert not np.array_equal(other[1], labels)
-    assert not np.array_equal(batch(augmentation="none")[0], images)
-
-
-def test_an_epoch_has_each_image_once(digits):
-    batches = data.TrainingBatches(digits.train, 64, seed=5)
-    assert len(batches) == 22  # The 29 images of a smaller last batch are left out.
-    seen = np.concatenate([batches[index][0] for index in reversed(range(22))])
-    in_order = {image.tobytes() for image in data._as_input(read_all(digits.train))}
-    keys = [image.tobytes() for image in seen]
-    assert len(set(keys)) == 22 * 64
-    assert set(keys) <= in_order
-
-
-def test_evaluation_has_all_images_in_order(digits):
-    batches = data.EvaluationBatches(digits.test, 100)
-    assert [len(batches[index][1]) for index in range(len(batches))] == [100, 100, 100, 60]
-    labels = np.concatenate([batches[index][1] for index in range(len(batches))])
-    np.testing.assert_array_equal(labels, digits.test.labels)
-
-
-def test_fit_asks_for_the_batches_of_each_epoch():
-    asked = []
-
-    class Recording(data.TrainingBatches):
-        def __getitem__(self, index):
-            asked.append((self.epoch, index))
-            return super().__getitem__(index)
-
-    source = data.load("synthetic").train
-    batches = Recording(source, 128, seed=0)
-    model = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(10)])
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    # Going on at epoch 2, as a training that was interrupted.
-    for epochs in (range(2), range(2, 4)):
-        asked.clear()
-        model.fit(
-            batches,
-            initial_epoch=epochs[0],
-            epochs=epochs[-1] + 1,
-            callbacks=[data.FollowEpochs(batches)],
-            shuffle=False,
-            verbose=0,
-        )
-        # Before the first epoch Keras looks at one or two batches for their shapes.
-        assert asked[-8:] == [(epoch, index) for epoch in epochs for index in range(4)]
-        assert len(asked) <= 10
-
-
-def test_crops_shift_and_flips_mirror():
-    # Every pixel tells where it was.
-    rows, columns = np.mgrid[1:33, 1:33].astype("uint8")
-    image = np.stack([rows, columns, np.full_like(rows, 7)], axis=-1)
-    source = data.ArraySource(np.repeat(image[None], 256, axis=0), np.zeros(256, "int32"))
-    batches = data.TrainingBatches(source, 256, seed=0, augmentation="crop_flip")
-    pixels = np.round((batches[0][0] + 1) * 127.5).astype(int)
-    shifts, mirrored = set(), 0
-    for picture in pixels:
-        inside = picture[..., 2] == 7
-        assert (picture[~inside] == 0).all()
-        across = picture[16, :, 1][inside[16]]
-        if across[0] > across[-1]:
-            mirrored += 1
-            picture = picture[:, ::-1]
-        top, left = picture[16, 16, :2] - 17
-        shifts.add((top, left))
-        assert inside.sum() == (32 - abs(top)) * (32 - abs(left))
-    assert {shift for pair in shifts for shift in pair} == set(range(-4, 5))
-    assert 90 < mirrored < 166
-
-
-def write_image(path, color, size=(40, 50)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.new("RGB", size, color).save(path)
-
-
-COLORS = {"cat": (255, 0, 0), "dog": (0, 0, 255)}
-
-
-@pytest.mark.parametrize("parts", [("",), ("train", "test"), ("train", "val")], ids=str)
-def test_folder_of_jpeg_and_png(tmp_path, parts):
-    for part in parts:
-        for class_name, color in COLORS.items():
-            for number in range(5):
-                suffix = (".jpg", ".png", ".JPEG")[number % 3]
-                write_image(tmp_path / part / class_name / f"{number}{suffix}", color)
-    images = data.load(f"folder:{tmp_path}", image_size=48)
-    assert images.class_names == ("cat", "dog")
-    assert images.image_shape == (48, 48, 3)
-    counts = [len(images.train.labels), len(images.test.labels)]
-    assert counts == ([8, 2] if parts == ("",) else [10, 10])
-    for source in (images.train, images.test):
-        pixels = read_all(source)
-        assert pixels.shape == (len(source.labels), 48, 48, 3)
-        expected = np.array(list(COLORS.values()))[source.labels]
-        np.testing.assert_allclose(pixels.mean(axis=(1, 2)), expected, atol=3)
-
-
-def test_a_file_that_is_no_image_is_named(tmp_path):
-    for class_name, color in COLORS.items():
-        for number in range(5):
-            write_image(tmp_path / class_name / f"{number}.png", color)
-    broken = tmp_path / "cat" / "2.png"
-    broken.write_bytes(b"no image")
-    images = data.load(f"folder:{tmp_path}")
-    with pytest.raises(ValueError, match=f"JPEG or PNG.*{broken}"):
-        read_all(images.train), read_all(images.test)
-
-
-@needs_tensorflow
-def test_tensorflow_datasets_from_records_on_disk(tmp_path):
-    tfds = pytest.importorskip("tensorflow_datasets")
-
-    class TinyPictures(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            features = {
-                "image": tfds.features.Image(shape=(None, None, 1)),
-                "label": tfds.features.ClassLabel(names=["dark", "light"]),
-            }
-            return self.dataset_info_from_configs(
-                features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
-            )
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._examples(20), "validation": self._examples(7)}
-
-        def _examples(self, count):
-            for number in range(count):
-                pixels = np.full((30 + number, 40, 1), 50 + 150 * (number % 2), "uint8")
-                yield number, {"image": pixels, "label": number % 2}
-
-        def _generate_examples(self):
-            raise NotImplementedError
-
-    with pytest.raises(ValueError, match=f"tiny_pictures in {tmp_path}.*--download"):
-        data.load("tiny_pictures", data_dir=str(tmp_path))
-    data.load("tiny_pictures", data_dir=str(tmp_path), download=True)  # Prepares it.
-    images = data.load("tiny_pictures", data_dir=str(tmp_path))
-    assert images.class_names == ("dark", "light")
-    for source, count in ((images.train, 20), (images.test, 7)):
-        assert read_all(source).shape == (count, 32, 32, 3)
-        assert sorted(source.labels) == sorted(number % 2 for number in range(count))
-        expected = np.array([50, 200])[source.labels]
-        np.testing.assert_array_equal(read_all(source).mean(axis=(1, 2, 3)), expected)
 
 
 # Configurations
@@ -250,7 +60,10 @@ def test_config_files_are_named_and_documented(name):
         ({"dropout": 1.0}, r"a float of at least 0 below 1\. Received: dropout=1.0"),
         ({"learning_rate": 0.0}, "a float above 0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
-        ({"model": "resnet"}, "one of mobilenet_v1, mobilenet_v2. Received: model='resnet'"),
+        (
+            {"model": "resnet"},
+            r"mobilenet_v2, or the path of a file named.*Received: model=.resnet",
+        ),
         ({"name": "a/b"}, "plain folder name"),
         ({"compare": ("stock", "stock")}, "different lowerings"),
         ({"compare": "stock"}, "a list of strings"),
@@ -269,9 +82,106 @@ def test_variants_to_train():
     assert Config(lowering="shifted").variants == ("stock", "shifted")
     assert Config(lowering="stock").variants == ("stock",)
     assert Config(compare=["dense", "stock"]).variants == ("dense", "stock")
-    per_pass = {"forward": "native", "input_gradient": "dense", "kernel_gradient": "shifted"}
-    assert train.parse_lowering(json.dumps(per_pass)) == per_pass
-    assert train.parse_lowering("stock") is None
+
+
+def depthwise_model():
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.DepthwiseConv2D(3, name="dw")(inputs)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(4, activation="softmax")(x))
+
+
+PER_PASS = {"forward": "native", "input_gradient": "dense", "kernel_gradient": "shifted"}
+
+
+@pytest.mark.parametrize(
+    ("name", "lowering", "file_name"),
+    [
+        ("stock", "stock", "stock"),
+        ("diagonal:2", "diagonal:2", "diagonal-2"),
+        (json.dumps(PER_PASS), PER_PASS, None),
+        ("plan", "shifted", "my-plan"),
+        ("tune", "dense", "tune"),
+    ],
+)
+def test_a_variant_makes_the_model_compute_so(name, lowering, file_name, tmp_path, monkeypatch):
+    model = depthwise_model()
+    monkeypatch.setattr(
+        "recipes.variants.tune", lambda model, batch_size: Plan.of_model(rewrite(model, "dense"))
+    )
+    if name == "plan":
+        name = str(tmp_path / "my plan.json")
+        Plan.of_model(rewrite(model, "shifted")).save(name)
+    variant = Variant.parse(name)
+    plan = variant.apply(model, Config())
+    layer = model.get_layer("dw")
+    if lowering == "stock":
+        assert type(layer) is keras.layers.DepthwiseConv2D
+    else:
+        assert layer.lowering == lowering
+    assert isinstance(plan, Plan) == (name == "tune" or name.endswith(".json"))
+    if file_name:
+        assert variant.file_name == file_name
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # 10 steps an epoch, 10 epochs; (update, learning rate).
+        ({"schedule": "constant", "warmup_fraction": 0.0}, {0: 0.1, 99: 0.1}),
+        ({"warmup_fraction": 0.1}, {0: 0.01, 4: 0.05, 9: 0.1, 10: 0.1, 55: 0.05, 100: 0.0}),
+        ({"warmup_fraction": 0.0}, {0: 0.1, 50: 0.05, 100: 0.0}),
+        (
+            {"schedule": "step", "decay_epochs": 3.0, "decay_rate": 0.5, "warmup_fraction": 0.1},
+            {9: 0.1, 10: 0.1, 39: 0.1, 40: 0.05, 69: 0.05, 70: 0.025},
+        ),
+        # Five batches to an update: 20 of them in all.
+        ({"gradient_accumulation": 5, "warmup_fraction": 0.1}, {0: 0.05, 1: 0.1, 11: 0.05}),
+    ],
+    ids=str,
+)
+def test_learning_rates(settings, expected):
+    rate = optimizers.learning_rate(Config(**settings), 10)
+    for update, value in expected.items():
+        found = rate(keras.ops.convert_to_tensor(update)) if callable(rate) else rate
+        assert float(found) == pytest.approx(value, rel=1e-5, abs=1e-8)
+
+
+def test_the_warm_up_has_a_config():
+    schedule = optimizers.learning_rate(Config(schedule="step"), 10)
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(schedule))
+    for update in (0, 5, 20, 50, 90):
+        assert float(again(update)) == float(schedule(update))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+def test_models_train_in_every_precision(smoothing, policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = depthwise_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    config = Config(
+        optimizer="rmsprop",
+        label_smoothing=smoothing,
+        ema_momentum=0.9,
+        gradient_accumulation=2,
+        weight_decay=1e-4,
+        dtype_policy=policy,
+    )
+    optimizers.compile_model(model, config, 10)
+    x, y = np.random.default_rng(0).normal(size=(4, 8, 8, 3)), np.arange(4)
+    if smoothing:
+        y = np.eye(4)[y]
+    logs = model.fit(x, y, batch_size=2, epochs=2, verbose=0).history
+    assert all(np.isfinite(logs["loss"]))
+    assert 0 <= logs["accuracy"][-1] <= 1
+    scaled = type(model.optimizer).__name__ == "LossScaleOptimizer"
+    assert scaled == (policy == "mixed_float16")
 
 
 def test_weight_decay_spares_biases_and_batch_norms():
@@ -282,7 +192,7 @@ def test_weight_decay_spares_biases_and_batch_norms():
     # None is zero, which no factor would change.
     model.set_weights([w + 0.5 for w in model.get_weights()])
     before = {v.path: keras.ops.convert_to_numpy(v) for v in model.trainable_variables}
-    train.compile_model(model, Config(weight_decay=0.5, warmup_fraction=0.0), 10)
+    optimizers.compile_model(model, Config(weight_decay=0.5, warmup_fraction=0.0), 10)
     zeros = [keras.ops.zeros(v.shape) for v in model.trainable_variables]
     model.optimizer.apply(zeros, model.trainable_variables)
     for variable in model.trainable_variables:
@@ -290,6 +200,50 @@ def test_weight_decay_spares_biases_and_batch_norms():
         np.testing.assert_allclose(
             keras.ops.convert_to_numpy(variable), before[variable.path] * factor, rtol=1e-6
         )
+
+
+# A model of one's own
+
+
+@pytest.mark.parametrize(
+    ("make", "new_layers"),
+    [
+        (lambda x: keras.layers.Dense(5, activation="softmax")(pooled(x)), {"new_predictions"}),
+        (lambda x: keras.layers.Dense(3, activation="softmax", name="mine")(pooled(x)), set()),
+        (lambda x: x, {"new_average", "new_predictions"}),
+    ],
+    ids=["other classes", "same classes", "feature maps"],
+)
+def test_a_model_from_a_file_gets_the_classes_of_the_data(make, new_layers, tmp_path):
+    inputs = keras.Input((None, None, 3))
+    features = keras.layers.DepthwiseConv2D(3, name="dw")(inputs)
+    model = rewrite(keras.Model(inputs, make(features)), "shifted")
+    model.save(tmp_path / "mine.keras")
+    loaded = load_start(str(tmp_path / "mine.keras"), (8, 8, 3), 3)
+    assert type(loaded.get_layer("dw")) is keras.layers.DepthwiseConv2D
+    np.testing.assert_array_equal(
+        loaded.get_layer("dw").get_weights()[0], model.get_layer("dw").get_weights()[0]
+    )
+    assert {x.name for x in loaded.layers if x.name.startswith("new_")} == new_layers
+    outputs = keras.ops.convert_to_numpy(loaded(np.ones((2, 8, 8, 3))))
+    np.testing.assert_allclose(outputs.sum(axis=-1), 1, rtol=1e-5)
+    assert outputs.shape == (2, 3)
+
+
+def pooled(x):
+    return keras.layers.GlobalAveragePooling2D()(x)
+
+
+def test_models_that_do_not_fit_are_refused(tmp_path):
+    path = str(tmp_path / "mine.keras")
+    inputs = keras.Input((8, 8, 3))
+    keras.Model(inputs, keras.layers.Activation("relu")(pooled(inputs))).save(path)
+    with pytest.raises(ValueError, match=r"images of shape \(32, 32, 3\).*mine.keras.*\(8, 8, 3\)"):
+        load_start(path, (32, 32, 3), 5)
+    with pytest.raises(ValueError, match="in a Dense layer.*ends in Activation"):
+        load_start(path, (8, 8, 3), 5)
+    with pytest.raises(ValueError, match="no such file"):
+        load_start(str(tmp_path / "other.keras"), (8, 8, 3), 5)
 
 
 # The recipe
@@ -303,17 +257,16 @@ one_worker = pytest.mark.xdist_group("recipe run")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two steps of both variants, with a learning rate that keeps them together."""
+    """Two epochs of both variants, with a learning rate that keeps them together."""
     config = Config(
         name="tiny",
         stem="imagenet",  # The smaller one: this is about the files.
-        dataset="synthetic",
+        dataset="synthetic:32",
         width_multiplier=0.25,
         lowering=OURS,
         dropout=0.5,
         batch_size=16,
-        epochs=2,
-        max_steps=2,
+        epochs=1,
         learning_rate=1e-5,
         output_dir=str(tmp_path_factory.mktemp("runs")),
     )
@@ -329,12 +282,14 @@ def test_variants_train_alike_from_the_same_start(run):
     # The dropout of one half would give other losses, were it not the same.
     np.testing.assert_allclose(ours.losses, stock.losses, rtol=1e-3)
     assert stock.steps.first_step_seconds > 0
+    assert stock.without_input_seconds > 0
 
 
 @one_worker
 def test_run_folder_has_all_files(run):
     names = {path.name for path in run.folder.iterdir()}
-    expected = {"config.json", "metrics.jsonl", "report.json", "curves.png", "model.keras"}
+    expected = {"config.json", "metrics.jsonl", "report.json", "report.md", "curves.png"}
+    expected |= {"model.keras", "checkpoints", "results"}
     assert names == expected | ({"saved_model", "tensorboard"} if ON_TENSORFLOW else set())
     settings = json.loads((run.folder / "config.json").read_text())
     assert Config(**settings) == run.config
@@ -348,37 +303,45 @@ def test_metrics_and_report_have_the_numbers(run):
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     for variant in run.variants:
         own = [line for line in lines if line["variant"] == variant.name]
-        assert [line["event"] for line in own] == ["step", "step", "epoch", "end"]
+        assert [line["event"] for line in own] == ["step", "step", "epoch"]
         assert [line["loss"] for line in own[:2]] == list(variant.losses)
         assert own[2]["loss"] == pytest.approx(np.mean(variant.losses), rel=1e-5)
-        assert own[2]["val_accuracy"] == own[3]["test_accuracy"] == variant.test_accuracy
-    rows = json.loads((run.folder / "report.json").read_text())["variants"]
+        assert own[2]["val_accuracy"] == variant.test_accuracy
+    report = json.loads((run.folder / "report.json").read_text())
+    rows = report["variants"]
     assert [row["variant"] for row in rows] == ["stock", OURS]
     assert rows[0]["loss_difference"] == 0
     assert rows[1]["loss_difference"] == pytest.approx(
         max(abs(a - b) for a, b in zip(*(v.losses for v in run.variants), strict=True))
     )
+    assert report["restored_accuracy"] == pytest.approx(run.variants[1].test_accuracy, abs=0.01)
 
 
 @one_worker
 def test_table_is_complete_where_the_output_is_no_terminal(run, capsys):
     run.print()
     printed = capsys.readouterr().out
-    for text in ("stock", OURS, "test accuracy", "images/s", "first step"):
+    markdown = (run.folder / "report.md").read_text()
+    for text in ("stock", OURS, "test accuracy", "images/s", "first step", "waits for input"):
         assert text in printed
+        assert text in markdown
     assert f"{100 * run.variants[1].test_accuracy:.2f} %" in printed
     assert "…" not in printed
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    assert "- `width_multiplier`: 0.25" in markdown
 
 
 @one_worker
 def test_saved_models_load_and_give_equal_outputs(run):
     model = keras.saving.load_model(run.folder / "model.keras")
-    depthwise = [x for x in model.layers if isinstance(x, keras.layers.DepthwiseConv2D)]
-    assert all(isinstance(x, DiagonalwiseDepthwiseConv2D) for x in depthwise)
-    images, _ = data.EvaluationBatches(data.load("synthetic").test, 128)[0]
-    outputs = keras.ops.convert_to_numpy(model(images[:4], training=False))
+    assert not any(isinstance(x, DiagonalwiseDepthwiseConv2D) for x in model.layers)
+    assert not model.compiled
+    images = data.load("synthetic", image_size=32)
+    batch, _ = next(iter(data.evaluation_dataset(images, 4)))
+    outputs = keras.ops.convert_to_numpy(model(batch, training=False))
     # It is the trained model: its batch norms have moved.
-    start = train.build_model(run.config, data.load("synthetic"), "stock")
+    start = train.build_model(run.config, images)
     assert any(
         not np.array_equal(a, b)
         for a, b in zip(model.get_weights(), start.get_weights(), strict=True)
@@ -387,7 +350,7 @@ def test_saved_models_load_and_give_equal_outputs(run):
         import tensorflow as tf
 
         loaded = tf.saved_model.load(str(run.folder / "saved_model"))
-        np.testing.assert_allclose(loaded.serve(images[:4]).numpy(), outputs, atol=1e-5)
+        np.testing.assert_allclose(loaded.serve(batch).numpy(), outputs, atol=1e-5)
 
 
 @one_worker
@@ -396,7 +359,7 @@ def test_tensorboard_events_have_the_metrics_of_each_epoch(run):
     import tensorflow as tf
 
     for variant in run.variants:
-        folder = run.folder / "tensorboard" / train.file_name(variant.name)
+        folder = run.folder / "tensorboard" / Variant.parse(variant.name).file_name
         (path,) = folder.iterdir()
         found = {}
         for record in tf.data.TFRecordDataset(str(path)):
@@ -404,19 +367,199 @@ def test_tensorboard_events_have_the_metrics_of_each_epoch(run):
             for value in event.summary.value:
                 assert value.metadata.plugin_data.plugin_name == "scalars"
                 found[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
-        assert {tag for tag, _ in found} == {"loss", "accuracy", "val_loss", "val_accuracy"}
+        tags = {tag for tag, _ in found}
+        assert tags >= {"loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"}
         assert found["val_accuracy", 0] == pytest.approx(variant.test_accuracy)
+
+
+@one_worker
+def test_a_finished_run_that_is_resumed_is_not_trained_again(run, monkeypatch):
+    monkeypatch.setattr(keras.Model, "fit", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(train, "export_model", lambda *_: "")
+    again = train.run_recipe(dataclasses.replace(run.config, resume=True), verbose=0)
+    assert again.folder == run.folder
+    assert again.variants == run.variants
+    assert again.restored_accuracy == run.restored_accuracy
+    other = dataclasses.replace(run.config, resume=True, learning_rate=0.5)
+    with pytest.raises(train.RecipeError, match="learning_rate was 1e-05, is 0.5"):
+        train.run_recipe(other)
+
+
+def small(monkeypatch, tmp_path, **settings):
+    """A recipe whose network is too small to be worth anything."""
+
+    def build(image_shape, classes, **_):
+        inputs = keras.Input(image_shape)
+        x = keras.layers.DepthwiseConv2D(3, strides=4, name="dw")(inputs)
+        x = keras.layers.Dropout(0.3)(pooled(x))
+        return keras.Model(inputs, keras.layers.Dense(classes, activation="softmax")(x))
+
+    monkeypatch.setattr("recipes.models.mobilenet_v1", build)
+    monkeypatch.setattr(train, "export_model", lambda *_: "")
+    values = {"batch_size": 300, "epochs": 3, "output_dir": str(tmp_path), "compare": ("shifted",)}
+    return Config(**{**values, **settings})
+
+
+@pytest.mark.slow
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("name", config_names())
+def test_every_config_trains(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "export_model", lambda *_: "")
+    monkeypatch.setattr(train, "seconds_without_input", lambda *_: None)
+    # Tuning has tests of its own; here it would measure for a minute.
+    monkeypatch.setattr("recipes.variants.tune", lambda model, _: Plan.of_model(model))
+    config = dataclasses.replace(
+        load_config(name),
+        width_multiplier=0.25,
+        image_size=32,
+        batch_size=6,
+        max_steps=2,
+        compare=("tune",),
+        data_dir=str(tmp_path),
+        output_dir=str(tmp_path / "runs"),
+    )
+    with contextlib.ExitStack() as stack:
+        if config.dataset == "folder:images":
+            for number in range(12):
+                path = tmp_path / "images" / f"class {number % 2}" / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                PIL.Image.new("RGB", (40, 40), (20 * number, 0, 0)).save(path)
+            inputs = keras.Input((32, 32, 3))
+            x = pooled(keras.layers.DepthwiseConv2D(3)(inputs))
+            keras.Model(inputs, keras.layers.Dense(7)(x)).save(tmp_path / "model.keras")
+            config = dataclasses.replace(
+                config, model=f"{tmp_path}/model.keras", dataset=f"folder:{tmp_path}/images"
+            )
+        elif config.dataset != "digits":
+            stack.enter_context(mocked_set(config.dataset, tmp_path))
+        report = train.run_recipe(config, verbose=0)
+    (result,) = report.variants
+    assert len(result.losses) == 2
+    assert np.isfinite(result.losses).all()
+    assert report.restored_accuracy is not None
+
+
+class CrashError(Exception):
+    pass
+
+
+def crash():
+    raise CrashError
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "error"),
+    [(crash, CrashError), (lambda: signal.raise_signal(signal.SIGTERM), TrainingInterrupted)],
+    ids=["crash", "signal"],
+)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    tmp_path, monkeypatch, interrupt, error
+):
+    config = small(monkeypatch, tmp_path, compare=("stock", "shifted"), ema_momentum=0.9)
+    whole = train.run_recipe(dataclasses.replace(config, name="whole"), verbose=0)
+    steps = []
+
+    def end_of_step(self, batch, logs=None):
+        steps.append(batch)
+        if len(steps) == 12 + 6:  # In the second epoch of the second variant.
+            interrupt()
+
+    broken = dataclasses.replace(config, name="broken", max_steps=100)
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(StopAfter, "on_train_batch_end", end_of_step)
+        train.run_recipe(broken, verbose=0)
+    resumed = train.run_recipe(dataclasses.replace(broken, resume=True, max_steps=None), verbose=0)
+    assert [v.losses for v in resumed.variants] == [v.losses for v in whole.variants]
+    assert [v.test_accuracies for v in resumed.variants] == [
+        v.test_accuracies for v in whole.variants
+    ]
+    assert resumed.variants[1].steps.count > 0
+    weights = [
+        keras.saving.load_model(report.folder / "model.keras").get_weights()
+        for report in (whole, resumed)
+    ]
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
+    config = small(monkeypatch, tmp_path, learning_rate=1e30, warmup_fraction=0.0)
+    with pytest.raises(NonFiniteLossError) as caught:
+        train.run_recipe(config, verbose=0)
+    assert "learning rate" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_profiles_have_the_names_of_layers(tmp_path, monkeypatch):
+    config = small(monkeypatch, tmp_path, batch_size=32, epochs=1, profile=True)
+    report = train.run_recipe(config, verbose=0)
+    files_of_trace = [p for p in (report.folder / "profile").rglob("*") if p.is_file()]
+    assert files_of_trace
+    if keras.backend.backend() != "torch":
+        content = b"".join(path.read_bytes() for path in files_of_trace)
+        if not ON_TENSORFLOW:
+            return  # JAX's is compressed.
+        assert b"dw" in content
+
+
+def test_what_the_wait_for_input_is():
+    assert wait_share(0.4, 0.1) == pytest.approx(0.75)
+    assert wait_share(0.1, 0.4) == 0
+    assert wait_share(None, 0.4) is wait_share(0.4, None) is None
+    model = depthwise_model()
+    optimizers.compile_model(model, Config(ema_momentum=0.9), 10)
+    batch = (np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype("float32"), np.arange(4))
+    model.fit(*batch, verbose=0)
+    before = [keras.ops.convert_to_numpy(v) for v in (*model.variables, *model.optimizer.variables)]
+    assert seconds_without_input(model, batch) > 0
+    after = [keras.ops.convert_to_numpy(v) for v in (*model.variables, *model.optimizer.variables)]
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Files of a run
+
+
+def test_results_are_files():
+    result = VariantResult("a", (1.0, 2.0), (0.5,), summary(), (0.1, 0.2), 0.05, "because")
+    assert VariantResult.from_json(result.to_json()) == result
+    assert result.input_wait == pytest.approx(0.5)
+
+
+def summary():
+    timer = train.StepTimer().summary()
+    return dataclasses.replace(timer, step_median_seconds=0.1)
+
+
+def test_progress_is_read_up_to_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert progress_until(path, "a", 0) == Progress()
+    events = [
+        {"event": "step", "variant": "a", "step": 1, "loss": 3.0},
+        {"event": "step", "variant": "a", "step": 2, "loss": 2.0},
+        {"event": "epoch", "variant": "a", "step": 2, "val_accuracy": 0.5},
+        {"event": "step", "variant": "b", "step": 1, "loss": 7.0},
+        {"event": "step", "variant": "a", "step": 3, "loss": 1.0},
+    ]
+    text = "\n".join(map(json.dumps, events)) + '\n{"event": "st'
+    path.write_text(text)
+    assert progress_until(path, "a", 2) == Progress((3.0, 2.0), (0.5,))
+    assert path.read_text().splitlines() == text.splitlines()[:4]
+    with pytest.raises(ValueError, match="losses of the 3 steps.*Received: 2"):
+        progress_until(path, "a", 3)
+    assert progress_until(path, "a", 0) == Progress()
+    assert path.read_text().splitlines() == text.splitlines()[3:4]
 
 
 def test_results_are_not_overwritten_unasked(tmp_path):
     config = Config(name="a", output_dir=str(tmp_path / "new"))
-    first = report.new_run_folder(config)
+    first = open_run_folder(config)
     (first / "kept").touch()
-    second, third = report.new_run_folder(config), report.new_run_folder(config)
+    second, third = open_run_folder(config), open_run_folder(config)
     assert [folder.name for folder in (first, second, third)] == ["a", "a-2", "a-3"]
     assert (first / "kept").exists()
     overwriting = dataclasses.replace(config, overwrite=True)
-    assert report.new_run_folder(overwriting) == first
+    assert open_run_folder(overwriting) == first
     assert not (first / "kept").exists()
     assert second.exists()
 
@@ -426,7 +569,7 @@ def test_only_results_are_overwritten(tmp_path):
     precious.parent.mkdir()
     precious.touch()
     with pytest.raises(ValueError, match=r"results of a run.*config\.json"):
-        report.new_run_folder(Config(name="a", output_dir=str(tmp_path), overwrite=True))
+        open_run_folder(Config(name="a", output_dir=str(tmp_path), overwrite=True))
     assert precious.exists()
 
 
@@ -452,7 +595,7 @@ BAD_INPUT = [
     (["--epochs=two"], 2, "--epochs=two"),
     (["epochs=2"], 2, "Expected flags only. Received: epochs=2"),
     (["--epochs=0"], 2, "`epochs` to be an int of at least 1. Received: epochs=0"),
-    (["--model=mobilenet_v3"], 2, "one of mobilenet_v1, mobilenet_v2. Received"),
+    (["--model=mobilenet_v3"], 2, "or the path of a file named *.keras"),
     (["--config=digit_mobilenet_v1"], 2, "Expected: digits_mobilenet_v1 or"),
     (["--config=missing/file.py"], 2, "existing file. Received: missing/file.py"),
     (["--dataset=folder:missing"], 1, "existing folder. Received: folder:missing"),

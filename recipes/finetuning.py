@@ -1,0 +1,68 @@
+"""A user's own model as the start of a training."""
+
+from __future__ import annotations
+
+import keras
+from keras import layers
+
+from diagconv_tf import restore
+from diagconv_tf.model_files import load_model
+
+
+def load_start(path: str, image_shape: tuple[int, ...], classes: int) -> keras.Model:
+    """The model in a file, in stock layers, with as many outputs as there are classes.
+
+    A model that gives probabilities of `classes` classes stays as it is. Of
+    one for another number of classes, whose last layer is `Dense`, that layer
+    is replaced. One that gives feature maps gets a global average and a
+    `Dense` layer.
+
+    Args:
+        path: a `.keras` or legacy `.h5` file, rewritten or not.
+        image_shape: of one image of the data.
+        classes: in the data.
+
+    Returns:
+        An uncompiled model: (batch, *image_shape) → (batch, classes)
+        probabilities.
+
+    Raises:
+        ValueError: if the file cannot be read, or the model does not take the
+            images, or ends in another way.
+    """
+    model = restore(load_model(path))
+    inputs = getattr(model, "inputs", None)
+    if not inputs or len(inputs) != 1 or not _takes(inputs[0].shape[1:], image_shape):
+        shapes = [tuple(tensor.shape[1:]) for tensor in inputs or ()]
+        raise ValueError(
+            f"Expected a functional or sequential model of images of shape {image_shape} "
+            f"(`image_size` sets it). Received: {path}, which takes {shapes}"
+        )
+    outputs = model.outputs[0]
+    if len(model.outputs) == 1 and len(outputs.shape) == 2 and outputs.shape[-1] == classes:
+        head = outputs
+    elif len(model.outputs) == 1 and len(outputs.shape) == 4:
+        features = layers.GlobalAveragePooling2D(name="new_average")(outputs)
+        head = _classifier(classes)(features)
+    elif len(model.outputs) == 1 and isinstance(model.layers[-1], layers.Dense):
+        head = _classifier(classes)(model.layers[-1].input)
+    else:
+        raise ValueError(
+            f"Expected a model that ends in feature maps, in a Dense layer, or in {classes} "
+            f"probabilities. Received: {path}, which ends in "
+            f"{type(model.layers[-1]).__name__} '{model.layers[-1].name}' of shape "
+            f"{tuple(outputs.shape)}"
+        )
+    # Made anew in any case: what the file says of compilation does not matter.
+    return keras.Model(model.inputs[0], head, name=model.name)
+
+
+def _classifier(classes: int) -> layers.Layer:
+    # Half precision has too few digits for probabilities.
+    return layers.Dense(classes, activation="softmax", name="new_predictions", dtype="float32")
+
+
+def _takes(declared: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
+    return len(declared) == len(shape) and all(
+        size in (None, wanted) for size, wanted in zip(declared, shape, strict=True)
+    )

@@ -1,0 +1,119 @@
+"""How a recipe's model is compiled: loss, optimizer and learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from recipes.config import Config
+
+
+def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> None:
+    """Compiles `model`, which gives probabilities, as `config` says.
+
+    With `label_smoothing` the labels must be one-hot, else class numbers.
+    """
+    optimizer = make_optimizer(config, steps_per_epoch)
+    if config.label_smoothing:
+        loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)
+    else:
+        loss = "sparse_categorical_crossentropy"
+    model.compile(
+        optimizer,
+        loss=loss,
+        # Keras finds out which accuracy fits the loss; the name is the same.
+        metrics=["accuracy"],
+        jit_compile={"auto": "auto", "on": True, "off": False}[config.jit_compile],
+    )
+
+
+def make_optimizer(config: Config, steps_per_epoch: int) -> keras.Optimizer:
+    """SGD with Nesterov momentum, or RMSprop, with weight decay on kernels only.
+
+    A step is a batch; the weights are updated every `gradient_accumulation` of
+    them, and the learning rate counts updates.
+    """
+    arguments: dict[str, Any] = {
+        "learning_rate": learning_rate(config, steps_per_epoch),
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay or None,
+    }
+    if config.gradient_accumulation > 1:
+        arguments["gradient_accumulation_steps"] = config.gradient_accumulation
+    if config.ema_momentum:
+        arguments |= {"use_ema": True, "ema_momentum": config.ema_momentum}
+    if config.optimizer == "sgd":
+        optimizer = keras.optimizers.SGD(nesterov=True, **arguments)
+    else:
+        optimizer = keras.optimizers.RMSprop(rho=config.rho, epsilon=config.epsilon, **arguments)
+    if config.weight_decay:
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    return optimizer
+
+
+def learning_rate(
+    config: Config, steps_per_epoch: int
+) -> keras.optimizers.schedules.LearningRateSchedule | float:
+    """The learning rate at each update: a linear warm-up, then `config.schedule`."""
+    updates_per_epoch = steps_per_epoch / config.gradient_accumulation
+    updates = max(1, int(config.epochs * updates_per_epoch))
+    warmup = int(config.warmup_fraction * updates)
+    schedules = keras.optimizers.schedules
+    if config.schedule == "cosine":
+        after: Any = schedules.CosineDecay(config.learning_rate, max(1, updates - warmup))
+    elif config.schedule == "step":
+        after = schedules.ExponentialDecay(
+            config.learning_rate,
+            decay_steps=max(1, round(config.decay_epochs * updates_per_epoch)),
+            decay_rate=config.decay_rate,
+            staircase=True,
+        )
+    else:
+        after = config.learning_rate
+    return WarmUp(config.learning_rate, warmup, after) if warmup else after
+
+
+@keras.saving.register_keras_serializable(package="diagconv_recipes")
+class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
+    """Rises linearly, from one part of the peak in the first update; then another schedule.
+
+    (Of Keras's own schedules only the cosine has a warm-up, and that begins
+    with an update of rate 0.)
+
+    Args:
+        peak: learning rate that the warm-up ends with.
+        updates: its length; update number `updates` is the first of `after`.
+        after: a schedule, which begins with its own update 0, or a constant.
+    """
+
+    def __init__(
+        self,
+        peak: float,
+        updates: int,
+        after: keras.optimizers.schedules.LearningRateSchedule | float,
+    ) -> None:
+        self.peak = peak
+        self.updates = updates
+        self.after = after
+
+    def __call__(self, step: Any) -> Any:
+        step = ops.cast(step, "float32")
+        after = (
+            self.after(ops.maximum(step - self.updates, 0))
+            if callable(self.after)
+            else (self.after)
+        )
+        return ops.where(step < self.updates, self.peak * (step + 1) / self.updates, after)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "peak": self.peak,
+            "updates": self.updates,
+            "after": keras.saving.serialize_keras_object(self.after),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> WarmUp:
+        return cls(**{**config, "after": keras.saving.deserialize_keras_object(config["after"])})

@@ -1,0 +1,144 @@
+"""The folder of a run: made anew, or found again to go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import shutil
+
+from diagconv_tf import files
+from recipes.config import Config
+
+#: Settings that do not decide what is computed: they may differ from the
+#: interrupted run's.
+_MAY_DIFFER = (
+    "data_dir",
+    "download",
+    "resume",
+    "overwrite",
+    "output_dir",
+    "profile",
+    "checkpoint_epochs",
+    "cache_gb",
+    "max_steps",
+)
+
+
+def open_run_folder(config: Config) -> pathlib.Path:
+    """The folder of a run's results, with `config.json` in it.
+
+    It is `output_dir/name`. If that exists, with `resume` the run goes on in
+    it, with `overwrite` it is removed, and else the folder is `name-2` and so
+    on.
+
+    Raises:
+        ValueError: If it cannot be made or written; if what is to be
+            overwritten is no folder of results; or if the run that is to go
+            on has other settings.
+    """
+    root = pathlib.Path(config.output_dir).expanduser()
+    folder = root / config.name
+    if config.resume and folder.exists():
+        _check_same_settings(folder / "config.json", config)
+        return folder
+    if config.overwrite and folder.exists():
+        # So that a slip in `output_dir` does not remove anything else.
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"Expected --overwrite to replace the results of a run. Received: {folder}, "
+                "which has no config.json"
+            )
+        shutil.rmtree(folder)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(2):
+            try:
+                folder.mkdir()  # Only one of two runs at the same time succeeds.
+                break
+            except FileExistsError:
+                folder = root / f"{config.name}-{number}"
+        files.write_text(folder / "config.json", config.to_json())
+    except OSError as error:
+        raise ValueError(
+            "Expected `output_dir` to be a folder that can be made and written. "
+            f"Received: output_dir={config.output_dir} ({error})"
+        ) from error
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What `metrics.jsonl` tells of a variant.
+
+    Attributes:
+        losses: of each step.
+        test_accuracies: after each epoch.
+    """
+
+    losses: tuple[float, ...] = ()
+    test_accuracies: tuple[float, ...] = ()
+
+
+def progress_until(path: pathlib.Path, variant: str, steps: int) -> Progress:
+    """What `metrics.jsonl` has of a variant's first `steps` steps.
+
+    What it has of later ones is removed: they came after the last checkpoint
+    and will be made again.
+
+    Args:
+        path: of `metrics.jsonl`; it need not exist.
+        variant: a name.
+        steps: those before the checkpoint.
+
+    Raises:
+        ValueError: if there are fewer: the file is not that of the checkpoint.
+    """
+    kept: list[str] = []
+    losses: list[float] = []
+    accuracies: list[float] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # Cut off by a crash.
+        if event["variant"] == variant:
+            if event.get("step", math.inf) > steps:
+                continue
+            if event["event"] == "step":
+                losses.append(event["loss"])
+            else:
+                accuracies.append(event["val_accuracy"])
+        kept.append(line)
+    if len(losses) < steps:
+        raise ValueError(
+            f"Expected {path} to have the losses of the {steps} steps before the checkpoint of "
+            f"{variant}. Received: {len(losses)}"
+        )
+    if kept:
+        files.write_text(path, "\n".join(kept))
+    else:
+        path.unlink(missing_ok=True)
+    return Progress(tuple(losses), tuple(accuracies))
+
+
+def _check_same_settings(path: pathlib.Path, config: Config) -> None:
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Expected --resume to go on with a run, whose settings are in {path}. "
+            f"Received: {error}"
+        ) from error
+    now = json.loads(config.to_json())
+    different = [
+        f"{field.name} was {before.get(field.name)!r}, is {now[field.name]!r}"
+        for field in dataclasses.fields(Config)
+        if field.name not in _MAY_DIFFER and before.get(field.name) != now[field.name]
+    ]
+    if different:
+        raise ValueError(
+            f"Expected --resume with the settings of {path}. Received: {'; '.join(different)}"
+        )

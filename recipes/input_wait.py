@@ -38,11 +38,13 @@ def seconds_without_input(model: keras.Model, batch: tuple[Any, Any]) -> float |
     history, stopped = model.history, model.stop_training
     timer = StepTimer()
     try:
+        # On JAX, Keras leaves weights and their moving averages as one array at
+        # the end of `fit`, and the next `fit` cannot donate that twice.
+        _assign(variables, before)
         repeated = tf.data.Dataset.from_tensors(batch).repeat(STEPS)
         model.fit(repeated, steps_per_epoch=STEPS, shuffle=False, callbacks=[timer], verbose=0)
     finally:
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)
+        _assign(variables, before)
         model.history, model.stop_training = history, stopped
     return timer.timings.median
 
@@ -52,6 +54,11 @@ def wait_share(step_seconds: float | None, without_input: float | None) -> float
     if not step_seconds or without_input is None:
         return None
     return max(0.0, 1.0 - without_input / step_seconds)
+
+
+def _assign(variables: list[Any], values: list[np.ndarray]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def _state(model: keras.Model) -> list[Any]:

@@ -108,6 +108,7 @@ class RunReport:
         restored_accuracy: On the test images, of the last variant in stock
             layers, in [0, 1].
         exported: What the export found, in a sentence; empty without one.
+        skipped_files: Images that were left out because they cannot be decoded.
     """
 
     config: Config
@@ -116,6 +117,7 @@ class RunReport:
     variants: tuple[VariantResult, ...]
     restored_accuracy: float | None = None
     exported: str = ""
+    skipped_files: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
         """One per variant: the numbers of the table, times in seconds."""
@@ -143,6 +145,7 @@ class RunReport:
             "variants": self.rows(),
             "restored_accuracy": self.restored_accuracy,
             "exported": self.exported,
+            "skipped_files": list(self.skipped_files),
         }
         files.write_text(self.folder / "report.json", json.dumps(content, indent=2))
         files.write_aside(self.folder / "curves.png", lambda path: draw_curves(self, path))
@@ -225,6 +228,12 @@ class RunReport:
             ]
         if self.exported:
             lines += [f"Exported: {self.exported}.", ""]
+        if self.skipped_files:
+            lines += [
+                f"Files left out because they cannot be decoded: {len(self.skipped_files)}; "
+                "`report.json` names them.",
+                "",
+            ]
         changed = [
             f"- `{field.name}`: {getattr(config, field.name)!r}"
             for field in dataclasses.fields(config)

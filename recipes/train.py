@@ -80,7 +80,7 @@ def run_recipe(config: Config, *, verbose: int = 1) -> RunReport:
     """
     # Whatever can be wrong is found here, in seconds.
     try:
-        variants = [Variant.parse(name) for name in config.variants]
+        variants = parse_variants(config)
         images = data.load(
             config.dataset,
             image_size=config.image_size,
@@ -109,9 +109,32 @@ def run_recipe(config: Config, *, verbose: int = 1) -> RunReport:
     accuracy = restored.evaluate(test, return_dict=True, verbose=0)["accuracy"]
     files.write_aside(folder / "model.keras", without_training_state(restored).save)
     exported = export_model(restored, folder)
-    report = RunReport(config, folder, environment(), tuple(results), accuracy, exported)
+    report = RunReport(
+        config,
+        folder,
+        environment(),
+        tuple(results),
+        accuracy,
+        exported,
+        images.skipped_files,
+    )
     report.write()
     return report
+
+
+def parse_variants(config: Config) -> list[Variant]:
+    """The variants of `config`, in order.
+
+    Raises:
+        ValueError: If one is unknown, or two would write the same files.
+    """
+    variants = [Variant.parse(name) for name in config.variants]
+    if len({variant.file_name for variant in variants}) < len(variants):
+        raise ValueError(
+            "Expected variants whose files have different names. Received: "
+            f"{', '.join(config.variants)}"
+        )
+    return variants
 
 
 def train_variant(

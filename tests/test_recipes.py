@@ -482,6 +482,35 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
         np.testing.assert_array_equal(a, b)
 
 
+def test_variants_have_files_of_their_own(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Plan.of_model(depthwise_model()).save(tmp_path / folder / "plan.json")
+    config = Config(compare=(f"{tmp_path}/a/plan.json", f"{tmp_path}/b/plan.json"))
+    with pytest.raises(ValueError, match="different names"):
+        train.parse_variants(config)
+
+
+def test_images_that_were_left_out_are_in_the_report(tmp_path, monkeypatch):
+    for number in range(20):
+        path = tmp_path / "images" / f"class {number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (40, 40), (10 * number, 0, 0)).save(path)
+    path.write_bytes(b"no image")
+    config = small(
+        monkeypatch,
+        tmp_path,
+        dataset=f"folder:{tmp_path}/images",
+        batch_size=4,
+        epochs=1,
+        compare=("stock",),
+    )
+    report = train.run_recipe(config, verbose=0)
+    written = json.loads((report.folder / "report.json").read_text())
+    assert written["skipped_files"] == [str(path)]
+    assert "cannot be decoded: 1" in (report.folder / "report.md").read_text()
+
+
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
     config = small(monkeypatch, tmp_path, learning_rate=1e30, warmup_fraction=0.0)
     with pytest.raises(NonFiniteLossError) as caught:

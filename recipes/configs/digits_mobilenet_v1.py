@@ -7,7 +7,8 @@ Time:      both variants together 194 to 218 s of CPU time over three seeds; 4.4
            minutes by the clock for all of `scripts/run`, on cores that other
            work shares.
 Accuracy:  on the test images, stock and diagonal:32, in percent: 98.06 and 97.78
-           (seed 0), 97.78 and 98.06 (seed 1), 98.61 and 98.89 (seed 2).
+           (seed 0), 97.78 and 98.06 (seed 1), 98.61 and 98.89 (seed 2). Both were
+           measured with an earlier order of the images, and not again since.
 
 The loss curves part after two or three steps, by rounding alone: at the start
 this network multiplies a difference by roughly 100 a step. In float64 they are

@@ -31,6 +31,7 @@ NAMED = {
     "row kernel": _BASE.replace(kernel_size=(1, 5), padding="same"),
     "multiplier": _BASE.replace(output_channels_per_group=3, padding="same"),
     "multiplier stride 2": _BASE.replace(output_channels_per_group=2, strides=(2, 2)),
+    "40 channels": _BASE.replace(groups=40, height=4, width=5, padding="same"),
     "one channel": _BASE.replace(groups=1),
     "one channel multiplier": _BASE.replace(groups=1, output_channels_per_group=4),
     "groups of 2": _BASE.replace(groups=3, input_channels_per_group=2, padding="same"),

@@ -110,11 +110,11 @@ def refuse_multi_worker(strategy: Any) -> None:
     Raises:
         ValueError: if it is a `MultiWorkerMirroredStrategy`.
     """
-    names = {base.__name__ for base in type(strategy).__mro__}
-    # The class calls itself by its older name.
-    if names & {"MultiWorkerMirroredStrategy", "CollectiveAllReduceStrategy"}:
+    # By its name, so that TensorFlow need not be there; it calls itself by an older one.
+    if any(base.__name__ == "CollectiveAllReduceStrategy" for base in type(strategy).__mro__):
         raise ValueError(
-            "Expected a strategy that Keras can train with. Received: MultiWorkerMirroredStrategy; "
-            "`fit` under it is broken in Keras 3.15 (keras#20585). Several machines work with the "
-            "JAX backend: `keras.distribution.initialize(...)` and `keras.distribution.DataParallel`"
+            "Expected another strategy. Received: MultiWorkerMirroredStrategy: "
+            "`fit` under MultiWorkerMirroredStrategy is broken in Keras 3.15 (keras#20585). "
+            "Several machines work with the JAX backend: `keras.distribution.initialize` and "
+            "`keras.distribution.DataParallel`"
         )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import sys
 import tempfile
 import types
 from collections.abc import Iterator
@@ -43,6 +44,14 @@ RESET = {
 #: the last call may be tensors of a compiled function's graph.
 EMPTIED = ("_inbound_nodes", "_outbound_nodes", "_losses", "_loss_ids")
 
+#: Attributes of models, optimizers and variables that say how they are divided among
+#: devices, and what makes their values where they are not.
+DISTRIBUTION = {
+    "_distribute_strategy": lambda: None,
+    "_distribution_strategy": lambda: sys.modules["tensorflow"].distribute.get_strategy(),
+    "_layout": lambda: None,
+}
+
 #: Where TensorFlow lists the attributes that belong into a checkpoint.
 DEPENDENCIES = (
     "_self_unconditional_checkpoint_dependencies",
@@ -62,7 +71,7 @@ KERAS_TYPES = (
 )
 
 
-def copy_model(model: keras.Model) -> keras.Model:
+def copy_model(model: keras.Model, *, distributed: bool = True) -> keras.Model:
     """Copies a model with all of its state; the two share nothing that can change.
 
     The copy has the same class, layers, names, paths, values, flags, attributes,
@@ -71,11 +80,16 @@ def copy_model(model: keras.Model) -> keras.Model:
     shared; but a function that refers to the model, or to a part of it, through
     its closure or default arguments becomes one that refers to the copy. Layers
     called outside the model, as in a larger model built on its output, are left
-    behind.
+    behind. The variables of the copy are mirrored, or divided among devices, as
+    the model's are, whether its strategy or distribution is current or not.
 
     Args:
         model: Keras model: functional, sequential or subclassed, compiled or not.
             It is not changed.
+        distributed: False makes a copy that knows of no strategy or layout, with
+            its variables on one device of this process; of values that are
+            divided among processes it repeats this one's part, which is enough
+            for measuring. No strategy or distribution must be current then.
 
     Returns:
         The copy. It does not keep `model` alive.
@@ -89,6 +103,8 @@ def copy_model(model: keras.Model) -> keras.Model:
     if hasattr(model, "jax_state_sync"):
         # While `fit` runs on JAX, variables lag behind the state of the loop.
         model.jax_state_sync()
+    if not distributed:
+        return _Copier(distributed=False).copy_model(model)
     with _strategy_scope(model):
         return _Copier().copy_model(model)
 
@@ -106,7 +122,8 @@ def _strategy_scope(model: keras.Model) -> Iterator[None]:
 class _Copier:
     """Copies one model: what is met twice is copied once."""
 
-    def __init__(self) -> None:
+    def __init__(self, distributed: bool = True) -> None:
+        self.distributed = distributed
         self.copies: dict[int, Any] = {}
         # An `id` is that of an object only as long as the object lives.
         self.originals: list[Any] = []
@@ -138,7 +155,10 @@ class _Copier:
         if plain_objects.is_shared(original):
             return original
         if plain_objects.is_array(original):
-            return self._remember(original, plain_objects.copy_array(original))
+            copy_array = plain_objects.copy_array
+            if not self.distributed:
+                copy_array = plain_objects.copy_array_here
+            return self._remember(original, copy_array(original))
         if isinstance(original, types.FunctionType):
             return self._copy_function(original)
         if isinstance(original, types.MethodType):
@@ -184,6 +204,8 @@ class _Copier:
             with _refusing(original, f"attribute `{name}`"):
                 if name in RESET and isinstance(original, keras.Model):
                     attributes[name] = RESET[name]
+                elif name in DISTRIBUTION and not self.distributed:
+                    attributes[name] = DISTRIBUTION[name]()
                 elif name == "_keras_history":
                     self._copy_producer(duplicate, value)
                 else:

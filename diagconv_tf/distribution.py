@@ -6,11 +6,16 @@ under. Keras's own distributions (JAX) hold for the whole process.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import sys
-from typing import Any
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import keras
+
+_Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,9 @@ def replicas_of(model: keras.Model | None = None) -> Replicas:
     if backend == "jax":
         import jax
 
-        return Replicas(batch_shards(), jax.process_count(), jax.process_index())
+        batch = batch_axis()
+        replicas = 1 if batch is None else batch.size
+        return Replicas(replicas, jax.process_count(), jax.process_index())
     return Replicas()
 
 
@@ -89,14 +96,68 @@ def strategy_of(model: keras.Model | None = None) -> Any:
     return own
 
 
-def batch_shards() -> int:
-    """Devices among which the current `keras.distribution` divides a batch; 1 without one."""
+def undistributed(function: Callable[[], _Result]) -> _Result:
+    """What `function` returns or raises where no strategy and no distribution is current."""
+    if strategy_of() is not None:
+        # A strategy's scope cannot be left from inside, but a new thread is in none.
+        # It does not keep Python alive when the user has enough of it.
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        threading.Thread(target=_fulfil, args=(future, function), daemon=True).start()
+        return future.result()
     distribution = keras.distribution.distribution()
-    if distribution is None:
-        return 1
-    mesh = distribution.device_mesh
+    keras.distribution.set_distribution(None)
+    try:
+        return function()
+    finally:
+        keras.distribution.set_distribution(distribution)
+
+
+def _fulfil(future: concurrent.futures.Future, function: Callable[[], Any]) -> None:
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshAxis:
+    """An axis of a device mesh, along which an axis of a tensor is divided.
+
+    Attributes:
+        name: its name in the mesh.
+        size: devices along it.
+    """
+
+    name: str
+    size: int
+
+
+def batch_axis() -> MeshAxis | None:
+    """Along which the current `keras.distribution` divides batches; None without one.
+
+    Only with the JAX backend does Keras divide anything.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or keras.backend.backend() != "jax":
+        return None
     # Not `num_model_replicas`: of a mesh of two axes, `DataParallel` counts all devices.
-    return mesh.shape[list(mesh.axis_names).index(distribution.batch_dim_name)]
+    return _mesh_axis(distribution.device_mesh, distribution.batch_dim_name)
+
+
+def variable_axis(variable: Any, axis: int) -> MeshAxis | None:
+    """Along which the layout of a `keras.Variable` divides its axis `axis`; None where not.
+
+    Anything but a variable has no layout.
+    """
+    layout = getattr(variable, "_layout", None)
+    if not isinstance(layout, keras.distribution.TensorLayout) or layout.device_mesh is None:
+        return None
+    name = layout.axes[axis]
+    return None if name is None else _mesh_axis(layout.device_mesh, name)
+
+
+def _mesh_axis(mesh: keras.distribution.DeviceMesh, name: str) -> MeshAxis:
+    return MeshAxis(name, mesh.shape[list(mesh.axis_names).index(name)])
 
 
 def refuse_multi_worker(strategy: Any) -> None:

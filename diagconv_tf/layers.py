@@ -13,11 +13,13 @@ from typing import Any
 import keras
 from keras import ops
 
+from diagconv_tf.distribution import MeshAxis, variable_axis
 from diagconv_tf.lowerings import (
     DEFAULT_LOWERING,
     LoweringChoice,
     LoweringLike,
     convolve,
+    convolve_sharded,
     parse,
     why_not,
 )
@@ -102,6 +104,19 @@ def layer_spec(layer: keras.layers.Layer, input_shape: tuple) -> ConvSpec:
     )
 
 
+def kernel_channels_axis(layer: keras.layers.Layer, kernel: Any = None) -> MeshAxis | None:
+    """The mesh axis that a layer's kernel is divided along, channel by channel; None where not.
+
+    Args:
+        layer: as for `layer_spec`; it must be built.
+        kernel: what it computes with; None means its variable.
+    """
+    if kernel is None:
+        separable = isinstance(layer, keras.layers.SeparableConv2D)
+        kernel = layer.depthwise_kernel if separable else layer.kernel
+    return variable_axis(kernel, 3 if isinstance(layer, keras.layers.Conv2D) else 2)
+
+
 class LoweredLayer:
     """The `lowering` of a layer: argument, attribute, config and check."""
 
@@ -167,11 +182,13 @@ class LoweredLayer:
             )
 
     def _convolve(self, inputs: Any, kernel: Any) -> Any:
+        channels = kernel_channels_axis(self, kernel)
         inputs = ops.convert_to_tensor(inputs)
         kernel = ops.convert_to_tensor(kernel)
         spec = self.spec(tuple(inputs.shape))
         self._check_lowering(spec)
-        return convolve(spec, self._lowering, inputs, ops.reshape(kernel, spec.kernel_shape))
+        kernel = ops.reshape(kernel, spec.kernel_shape)
+        return convolve_sharded(spec, self._lowering, inputs, kernel, channels)
 
     def _add_bias_and_activate(self, outputs: Any) -> Any:
         if self.use_bias:

@@ -96,6 +96,22 @@ def copy_array(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
+def copy_array_here(value: Any) -> Any:
+    """A copy of an array or variable on one device of this process, whatever holds the original.
+
+    Of an array that is divided among processes only the part of this one is
+    known here: it is repeated.
+    """
+    tf, jax = sys.modules.get("tensorflow"), sys.modules.get("jax")
+    if tf and isinstance(value, tf.distribute.DistributedValues):
+        return copy_array(value.values[0])
+    if jax and isinstance(value, jax.Array) and len(value.sharding.device_set) > 1:
+        if value.is_fully_addressable or value.is_fully_replicated:
+            return jax.numpy.array(np.asarray(value))
+        return jax.numpy.array(np.resize(np.asarray(value.addressable_data(0)), value.shape))
+    return copy_array(value)
+
+
 def is_empty(cell: types.CellType) -> bool:
     """Whether a closure's cell has no value yet."""
     try:

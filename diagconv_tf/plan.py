@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from diagconv_tf import files, json_text, plan_table, table_text
+from diagconv_tf.distribution import replicas_of
 from diagconv_tf.inspection import STOCK, ConvolutionRow, inspect_as_built
 from diagconv_tf.lowerings import LoweringLike, parse
 from diagconv_tf.measurements import Measured, ProblemMeasurements
@@ -31,7 +32,8 @@ class Plan:
             layer leaves its height or width open, any fits.
         overrides: layer path → the same; they come before `lowerings`.
         reason: why these choices, in a sentence; empty where nobody said.
-        batch_size: images in the batches of the measurements.
+        batch_size: images in a batch, of all replicas together; measured was
+            one replica's share.
         problems: what `tune` measured of each problem.
         steps: variant of the whole model → times of its training step:
             `"stock"`, `"plan"` (the choice of each problem) or a lowering that
@@ -62,7 +64,7 @@ class Plan:
             ValueError: if `model` is not a built Keras model.
         """
         return cls(
-            conditions=Conditions.current(),
+            conditions=Conditions.current(replicas=replicas_of(model).replicas),
             overrides={row.path: row.lowering for row in inspect_as_built(model).rows},
         )
 

@@ -31,6 +31,8 @@ def _head(plan: Plan) -> Iterator[str]:
     where = plan.conditions
     compiled = {True: "compiled", False: "not compiled", None: "compiled or not"}[where.compiled]
     batch = f", batch of {plan.batch_size}" if plan.batch_size else ""
+    if where.replicas > 1:
+        batch += f", {where.replicas} replicas"
     yield (
         f"Plan for {where.backend}, {compiled}, on {where.device_kind} ({where.device_name}){batch}"
     )

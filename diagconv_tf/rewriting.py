@@ -11,6 +11,7 @@ import keras
 from absl import logging
 
 from diagconv_tf.copying import copy_model
+from diagconv_tf.distribution import batch_axis, replicas_of
 from diagconv_tf.inspection import (
     STOCK,
     ConvolutionRow,
@@ -19,12 +20,14 @@ from diagconv_tf.inspection import (
     inspect_model,
 )
 from diagconv_tf.layer_classes import become
+from diagconv_tf.layers import kernel_channels_axis
 from diagconv_tf.lowerings import (
     DEFAULT_LOWERING,
     LoweringChoice,
     LoweringLike,
     parse,
     why_not,
+    why_not_sharded,
 )
 from diagconv_tf.model_tree import check_built, place_layers
 from diagconv_tf.plan import Plan
@@ -234,7 +237,8 @@ def _check_plan(plan: Plan, model: keras.Model, decisions: Sequence[Decision]) -
             f"{len(decisions)} convolutions with groups"
         )
     compiled = model.jit_compile if getattr(model, "compiled", False) else None
-    differences = plan.conditions.differences(Conditions.current(compiled))
+    replicas = replicas_of(model).replicas
+    differences = plan.conditions.differences(Conditions.current(compiled, replicas))
     if differences:
         logging.warning("The plan was made under other conditions: %s.", "; ".join(differences))
 
@@ -262,5 +266,34 @@ def _log_summary(model: keras.Model, inspection: Inspection, decisions: Sequence
             f"makes itself ({', '.join(lost)}): save `restore(model)`, and rewrite the loaded "
             "model with `Plan.of_model(model)`."
         )
-    level = logging.WARNING if left or lost or not changed else logging.INFO
+    gathering = _gathering(decisions)
+    lines += [
+        f"Gather the channels of their inputs, which are divided among devices ({reason}): "
+        f"{', '.join(paths)}."
+        for reason, paths in gathering.items()
+    ]
+    level = logging.WARNING if left or lost or gathering or not changed else logging.INFO
     logging.log(level, " ".join(lines))
+
+
+def _gathering(decisions: Sequence[Decision]) -> dict[str, list[str]]:
+    """Reason → paths of layers whose kernel's layout divides channels, but whose lowering cannot.
+
+    Weights that are divided along the axis of the batch are only stored so.
+    """
+    batch = batch_axis()
+    found: dict[str, list[str]] = {}
+    for decision in decisions:
+        if decision.lowering in (None, STOCK):
+            continue
+        axis = kernel_channels_axis(decision.row.layer)
+        if axis is None or axis == batch:
+            continue
+        reasons = dict.fromkeys(
+            reason
+            for spec in decision.row.specs
+            for reason in why_not_sharded(spec, decision.lowering, axis.size)
+        )
+        if reasons:
+            found.setdefault("; ".join(reasons), []).append(decision.row.path)
+    return found

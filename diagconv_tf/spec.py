@@ -288,6 +288,8 @@ class Conditions:
         compiled: True under a compiler (XLA, torch.compile), False without,
             None where it is not known yet.
         versions: `((package, version), …)` of what computes.
+        replicas: among how many a batch is divided; times are those of one
+            with its share.
     """
 
     backend: str
@@ -295,14 +297,17 @@ class Conditions:
     device_name: str
     compiled: bool | None
     versions: tuple[tuple[str, str], ...]
+    replicas: int = 1
 
     @classmethod
-    def current(cls, compiled: bool | None = None) -> Conditions:
+    def current(cls, compiled: bool | None = None, replicas: int = 1) -> Conditions:
         """The conditions of this process, on the device Keras would use.
 
         Args:
             compiled: whether the training step is compiled. JAX always
                 compiles; elsewhere it is the caller who knows.
+            replicas: among how many a batch will be divided; see
+                `distribution.replicas_of`.
         """
         from diagconv_tf import backends
 
@@ -318,6 +323,7 @@ class Conditions:
                 (package, importlib.metadata.version(package))
                 for package in ("keras", *packages[backend])
             ),
+            replicas=replicas,
         )
 
     def differences(self, other: Conditions) -> list[str]:

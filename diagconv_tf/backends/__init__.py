@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -30,6 +30,16 @@ class Trilinear(Protocol):
     def input_gradient(self, output_gradient: Any, kernel: Any, input_shape: tuple) -> Any: ...
 
     def kernel_gradient(self, inputs: Any, output_gradient: Any) -> Any: ...
+
+
+class ProcessStore(Protocol):
+    """Texts by key, which all processes of one training see."""
+
+    def put(self, key: str, text: str) -> None:
+        """Adds a text; a key is used once."""
+
+    def get(self, key: str, seconds: float) -> str | None:
+        """The text, waiting up to so many seconds for it; None where it is not there yet."""
 
 
 class Backend(Protocol):
@@ -64,6 +74,24 @@ class Backend(Protocol):
 
     def is_compiled_for_cpu(self) -> bool:
         """Whether what is traced now will be compiled by XLA for a CPU."""
+
+    # What follows is for `keras.distribution`, which only JAX has.
+
+    def is_partitioned(self, tensor: Any) -> bool:
+        """Whether `tensor` is of a program that will be divided among devices."""
+
+    def per_shard(
+        self,
+        function: Callable[[Any, Any], Any],
+        inputs: Any,
+        kernel: Any,
+        input_axes: Sequence[str | None],
+        kernel_axes: Sequence[str | None],
+    ) -> Any:
+        """`function(inputs, kernel)`, by each device for its parts of both."""
+
+    def process_store(self) -> ProcessStore:
+        """Where the processes of one training can leave texts for each other."""
 
 
 @functools.cache

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from diagconv_tf.spec import ConvSpec
 
 
 def default_device() -> tuple[str, str]:
-    device = jax.config.jax_default_device or jax.devices()[0]
+    device = jax.config.jax_default_device or jax.local_devices()[0]
     if isinstance(device, str):
         return device, device
     return device.platform, "" if device.platform == "cpu" else device.device_kind
@@ -95,3 +97,63 @@ def spread(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
 def is_compiled_for_cpu() -> bool:
     # Loops are compiled even where no function around them is.
     return default_device()[0] == "cpu"
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Whether `tensor` is of a program that will be divided among devices as a whole."""
+    # Inside somebody's own `shard_map` a tensor is one device's part already.
+    return isinstance(tensor, jax.core.Tracer) and not jax.sharding.get_abstract_mesh().manual_axes
+
+
+def per_shard(
+    function: Callable[[Any, Any], Any],
+    inputs: Any,
+    kernel: Any,
+    input_axes: Sequence[str | None],
+    kernel_axes: Sequence[str | None],
+) -> Any:
+    """`function(inputs, kernel)`, by each device for its parts of both.
+
+    Args:
+        function: returns a tensor divided as its inputs are.
+        inputs: tensor.
+        kernel: tensor.
+        input_axes: for each axis of `inputs`, the mesh axis along which it is
+            divided, or None.
+        kernel_axes: the same for `kernel`.
+    """
+    names = {name for name in (*input_axes, *kernel_axes) if name is not None}
+    return jax.shard_map(
+        function,
+        mesh=keras.distribution.distribution().device_mesh.backend_mesh,
+        in_specs=(PartitionSpec(*input_axes), PartitionSpec(*kernel_axes)),
+        out_specs=PartitionSpec(*input_axes),
+        axis_names=names,
+        # It would ask of every tensor made inside on which devices it differs.
+        check_vma=False,
+    )(inputs, kernel)
+
+
+class ProcessStore:
+    """The key-value store of the coordination service, as `backends.ProcessStore`."""
+
+    def __init__(self) -> None:
+        # JAX has no public way to it; its collective operations time out.
+        from jax._src import distributed
+
+        self._client = distributed.global_state.client
+
+    def put(self, key: str, text: str) -> None:
+        self._client.key_value_set(key, text)
+
+    def get(self, key: str, seconds: float) -> str | None:
+        try:
+            return self._client.blocking_key_value_get(key, int(1e3 * seconds))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return None
+            raise
+
+
+def process_store() -> ProcessStore:
+    return ProcessStore()

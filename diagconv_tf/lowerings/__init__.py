@@ -14,6 +14,7 @@ from diagconv_tf.lowerings.choice import (
 )
 from diagconv_tf.lowerings.diagonal import Diagonal, DiagonalGrouped
 from diagconv_tf.lowerings.native import Native
+from diagconv_tf.lowerings.sharded import convolve_sharded, why_not_sharded
 from diagconv_tf.lowerings.shifted import Shifted
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "Shifted",
     "UniformChoice",
     "convolve",
+    "convolve_sharded",
     "parse",
     "why_not",
+    "why_not_sharded",
 ]

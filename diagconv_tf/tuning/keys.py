@@ -66,9 +66,11 @@ def of_training_step(
 
 
 def _where(conditions: Conditions) -> dict[str, Any]:
+    # What is measured is a share of a batch: whether there are others does not matter.
+    fields = {k: v for k, v in dataclasses.asdict(conditions).items() if k != "replicas"}
     return _plain(
         {
-            "conditions": dataclasses.asdict(conditions),
+            "conditions": fields,
             "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
             "environment": {n: os.environ[n] for n in _ENVIRONMENT if n in os.environ},
             "code": _code(),

@@ -47,7 +47,7 @@ _LEARNING_RATE = 1e-3
 
 
 class TrainingBench:
-    """A copy of a model, to be trained in several variants.
+    """A copy of a model, to be trained in several variants on one device.
 
     Args:
         model: a built model; it is not changed.
@@ -71,7 +71,7 @@ class TrainingBench:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.clock = clock
-        self.model = copy_model(model)
+        self.model = copy_model(model, distributed=False)
         if not self.model.compiled:
             logging.warning(
                 "%s is not compiled: it is tuned with a mean of squares and plain gradient "

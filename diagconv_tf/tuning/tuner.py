@@ -4,6 +4,10 @@ Every distinct problem is measured alone, pass by pass; but under a compiler tha
 fuses, times of layers do not add up. So the whole model decides: the training
 step of stock, of the best choices, and of single lowerings for all layers, timed
 in turn. What is not faster than stock there is not chosen.
+
+Where several devices share a batch, each computes its own images: measured is
+one replica's share, on one device, and where there are several processes on the
+first of them.
 """
 
 from __future__ import annotations
@@ -18,7 +22,10 @@ import keras
 from absl import logging
 from keras.src.trainers.trainer import model_supports_jit
 
+from diagconv_tf import distribution
+from diagconv_tf.distribution import Replicas
 from diagconv_tf.inspection import STOCK, Inspection, inspect_model
+from diagconv_tf.layers import kernel_channels_axis
 from diagconv_tf.lowerings import LoweringLike, why_not
 from diagconv_tf.measurements import Measured, ProblemMeasurements
 from diagconv_tf.plan import Plan
@@ -26,6 +33,7 @@ from diagconv_tf.rules import DEFAULT_RULES, Rule
 from diagconv_tf.spec import PASSES, Conditions
 from diagconv_tf.tuning import candidates, choosing, keys
 from diagconv_tf.tuning.cache import Cache
+from diagconv_tf.tuning.first_process import from_first_process
 from diagconv_tf.tuning.measuring import ProblemBench
 from diagconv_tf.tuning.problems import LayersOfProblem, Problem, distinct_problems
 from diagconv_tf.tuning.progress import Progress
@@ -63,9 +71,15 @@ def tune(
     optimizer. A model that is not compiled is tuned with a mean of squares and
     plain gradient descent.
 
+    For a model of a `tf.distribute.Strategy`, or under a `keras.distribution`,
+    one replica's share of a batch is measured on one device. Where there are
+    several processes, all must call this: the first one measures, the others
+    wait for its plan.
+
     Args:
         model: a built model.
-        batch_size: images in a batch, as it will be trained.
+        batch_size: images in a batch, as it will be trained, of all replicas
+            together.
         data: a sample batch as `fit` takes it, `x`, `(x, y)` or
             `(x, y, sample_weight)`; for models whose inputs cannot be made up
             (integers, text, open sizes), or whose targets cannot.
@@ -90,28 +104,50 @@ def tune(
     Raises:
         ValueError: if `model` is not a built Keras model or cannot be copied
             faithfully, an argument is out of range, `data` is needed, or the
-            model cannot be trained.
+            model cannot be trained; if the replicas do not divide `batch_size`,
+            or for a strategy with which Keras cannot train.
+        RuntimeError: if the first process could not tune; the message says why.
     """
     _check_arguments(batch_size, jit_compile, budget_seconds)
-    inspection = inspect_model(model, batch_size, data=data, rules=rules)
-    if inspection.unknown:
-        raise ValueError(
-            f"Expected a model that can be called. Received: '{model.name}': {inspection.unknown}"
+    replicas = distribution.replicas_of(model)
+    share = replicas.share(batch_size)
+    compiled = _will_be_compiled(model, jit_compile)
+    if distribution.strategy_of(model) is not None:
+        _check_strategy_can_compile(compiled, replicas)
+        # The copy that is measured has no strategy, which "auto" asks for.
+        jit_compile = compiled
+
+    def measure() -> Plan:
+        inspection = inspect_model(model, share, data=data, rules=rules)
+        if inspection.unknown:
+            raise ValueError(
+                f"Expected a model that can be called. Received: '{model.name}': "
+                f"{inspection.unknown}"
+            )
+        if data is None:
+            check_inputs_can_be_made_up(model, share)
+        _warn_of_divided_channels(model, inspection)
+        tuner = _Tuner(
+            model=model,
+            batch_size=batch_size,
+            inspection=inspection,
+            conditions=Conditions.current(compiled, replicas.replicas),
+            cache=Cache(cache_dir),
+            refresh=refresh,
+            clock=clock,
+            deadline=None if budget_seconds is None else clock() + budget_seconds,
+            make_bench=lambda: TrainingBench(model, share, data, jit_compile, rules, clock),
+            data=data,
         )
-    if data is None:
-        check_inputs_can_be_made_up(model, batch_size)
-    tuner = _Tuner(
-        model=model,
-        inspection=inspection,
-        conditions=Conditions.current(_will_be_compiled(model, jit_compile)),
-        cache=Cache(cache_dir),
-        refresh=refresh,
-        clock=clock,
-        deadline=None if budget_seconds is None else clock() + budget_seconds,
-        make_bench=lambda: TrainingBench(model, batch_size, data, jit_compile, rules, clock),
-        data=data,
-    )
-    plan = tuner.run()
+        return tuner.run()
+
+    if replicas.processes == 1:
+        plan = distribution.undistributed(measure)
+    else:
+        text = from_first_process(
+            lambda: distribution.undistributed(measure).to_json(), replicas.process
+        )
+        plan = Plan.from_json(text)
     logging.info("%s: %s", model.name, plan.reason)
     return plan
 
@@ -136,11 +172,31 @@ def _will_be_compiled(model: keras.Model, jit_compile: bool | str) -> bool:
     return bool(jit_compile) and model_supports_jit(model)
 
 
+def _check_strategy_can_compile(compiled: bool, replicas: Replicas) -> None:
+    if compiled and replicas.replicas > 1:
+        raise ValueError(
+            "Expected a training step without XLA under a strategy of several replicas: TensorFlow "
+            "cannot compile one ('Trying to access resource … located in device …'). Received: "
+            "jit_compile=True"
+        )
+
+
+def _warn_of_divided_channels(model: keras.Model, inspection: Inspection) -> None:
+    axes = [kernel_channels_axis(row.layer) for row in inspection.rows if row.eligible]
+    if any(axis is not None and axis.size > 1 for axis in axes):
+        logging.warning(
+            "%s: devices share the channels of some layers. Measured is one device that computes "
+            "all channels of its images.",
+            model.name,
+        )
+
+
 @dataclasses.dataclass
 class _Tuner:
     """One run of `tune`."""
 
     model: keras.Model
+    batch_size: int
     inspection: Inspection
     conditions: Conditions
     cache: Cache
@@ -324,7 +380,7 @@ class _Tuner:
             conditions=self.conditions,
             lowerings={p.spec: wanted[p.layers[0]] for p in reversed(problems)},
             reason=reason,
-            batch_size=self.inspection.batch_size,
+            batch_size=self.batch_size,
             problems=problems,
             steps=steps,
         )

@@ -90,6 +90,9 @@ class Backend(Protocol):
     ) -> Any:
         """`function(inputs, kernel)`, by each device for its parts of both."""
 
+    def undivided(self, tensor: Any, axis: int) -> Any:
+        """`tensor` and its gradient, of which every device has all along `axis`."""
+
     def process_store(self) -> ProcessStore:
         """Where the processes of one training can leave texts for each other."""
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import keras
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from diagconv_tf.spec import ConvSpec
 
@@ -132,6 +132,14 @@ def per_shard(
         # It would ask of every tensor made inside on which devices it differs.
         check_vma=False,
     )(inputs, kernel)
+
+
+def undivided(tensor: Any, axis: int) -> Any:
+    """`tensor` and its gradient, of which every device has all along `axis`."""
+    axes: list[Any] = [PartitionSpec.UNCONSTRAINED] * tensor.ndim
+    axes[axis] = None
+    mesh = keras.distribution.distribution().device_mesh.backend_mesh
+    return lax.with_sharding_constraint(tensor, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 class ProcessStore:

@@ -64,18 +64,38 @@ def convolve_sharded(
     Returns:
         A tensor of `spec.output_shape` and the dtype of the inputs.
     """
+    backend = backends.current()
     batch = distribution.batch_axis()
-    if batch is None or not backends.current().is_partitioned(inputs):
+    if batch is None or not backend.is_partitioned(inputs):
         return convolve(spec, choice, inputs, kernel)
+    # Along the batch's own axis weights may be stored divided; XLA gathers them.
+    divided = channels is not None and channels.size > 1 and channels.name != batch.name
+    if divided and why_not_sharded(spec, choice, channels.size):
+        # Said to XLA: its partitioner aborts over a convolution of 3 groups whose
+        # channels are divided by 2 (jaxlib 0.10.2).
+        inputs = backend.undivided(inputs, spec.channel_axis)
+        kernel = backend.undivided(kernel, 3)
+        outputs = _convolve_parts(spec, choice, inputs, kernel, batch, None)
+        return backend.undivided(outputs, spec.channel_axis)
+    return _convolve_parts(spec, choice, inputs, kernel, batch, channels if divided else None)
+
+
+def _convolve_parts(
+    spec: ConvSpec,
+    choice: LoweringChoice,
+    inputs: Any,
+    kernel: Any,
+    batch: MeshAxis,
+    channels: MeshAxis | None,
+) -> Any:
+    """`convolve`, by each device for its images and, with `channels`, for its channels."""
     part = spec
     input_axes: list[str | None] = [None] * 4
     kernel_axes: list[str | None] = [None] * 4
     if batch.size > 1 and spec.batch is not None and spec.batch % batch.size == 0:
         part = part.replace(batch=spec.batch // batch.size)
         input_axes[0] = batch.name
-    # Along the batch's own axis weights may be stored divided; they are gathered.
-    apart = channels is not None and channels.size > 1 and channels.name != batch.name
-    if apart and not why_not_sharded(spec, choice, channels.size):
+    if channels is not None:
         part = part.replace(groups=spec.groups // channels.size)
         input_axes[spec.channel_axis] = kernel_axes[3] = channels.name
     if part == spec:

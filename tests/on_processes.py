@@ -1,0 +1,65 @@
+"""Run as a script, `ADDRESS PROCESS`, by two processes: `tune` and copies on JAX; prints JSON."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+
+os.environ["KERAS_BACKEND"] = "jax"
+
+import keras
+
+ADDRESS, PROCESS = sys.argv[1], int(sys.argv[2])
+keras.distribution.initialize(ADDRESS, 2, PROCESS)
+
+import jax  # noqa: E402
+
+from diagconv_tf import rewrite, tune  # noqa: E402
+from diagconv_tf.tuning import tuner  # noqa: E402
+from tests.on_devices import network  # noqa: E402
+
+
+class StoppedError(Exception):
+    pass
+
+
+def failing_clock():
+    raise StoppedError("the clock has stopped")
+
+
+def main():
+    found = {"devices": []}
+
+    class Bench(tuner.TrainingBench):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            values = [v.value for v in self.model.variables]
+            found["devices"] += sorted({str(d) for v in values for d in v.sharding.device_set})
+            # Longer than the others wait at a time.
+            time.sleep(1.0)
+
+    tuner.TrainingBench = Bench
+    tuner.from_first_process.__globals__["_WAIT_SECONDS"] = 0.3
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    model = network()
+    cache = tempfile.mkdtemp()
+    plan = tune(model, 8, budget_seconds=1e-3, cache_dir=cache)
+    found["plan"] = plan.to_json()
+    try:
+        tune(model, 8, clock=failing_clock, budget_seconds=1e-3, cache_dir=tempfile.mkdtemp())
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    # Calls stay together after a failure.
+    found["again"] = tune(model, 8, budget_seconds=1e-3, cache_dir=cache).to_json()
+    copied = rewrite(model, "shifted")
+    found["fully replicated"] = all(v.value.is_fully_replicated for v in copied.variables)
+    found["on devices"] = sorted({len(v.value.sharding.device_set) for v in copied.variables})
+    found["processes"] = jax.process_count()
+    return found
+
+
+with contextlib.redirect_stdout(sys.stderr):
+    results = main()
+print(json.dumps(results))

@@ -1,0 +1,335 @@
+"""Several devices and processes: what they compute together is what one computes alone."""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import types
+
+import keras
+import numpy as np
+import pytest
+
+from diagconv_tf import Conditions, ConvSpec, Plan
+from diagconv_tf import distribution as distributions
+from diagconv_tf.distribution import Replicas
+from diagconv_tf.layers import kernel_channels_axis
+from diagconv_tf.lowerings import why_not_sharded
+from diagconv_tf.tuning import first_process, keys
+from diagconv_tf.tuning.problems import Problem
+from tests.numerics import BACKEND
+
+FOLDER = pathlib.Path(__file__).parent
+SPEC = ConvSpec(batch=4, height=6, width=5, groups=16, padding="same")
+
+#: Problem, lowering, and whether two devices can compute each its own channels.
+KEPT = {
+    "shifted": (SPEC, "shifted", True),
+    "shifted, rows as one axis": (SPEC.replace(groups=64), "shifted", True),
+    "native": (SPEC, "native", True),
+    "native, multiplier": (SPEC.replace(output_channels_per_group=2), "native", True),
+    "blocks end where devices' channels do": (SPEC, "diagonal:8", True),
+    "blocks end elsewhere": (SPEC, "diagonal:6", True),
+    "one block": (SPEC, "dense", True),
+    "grouped, divides a device's channels": (SPEC, "diagonal_grouped:4", True),
+    "grouped, wider than a device's channels": (SPEC, "diagonal_grouped:16", False),
+    "channels first": (SPEC.replace(data_format="channels_first"), "diagonal:8", True),
+    "groups that devices do not divide": (
+        SPEC.replace(groups=3, input_channels_per_group=4, output_channels_per_group=4),
+        "native",
+        False,
+    ),
+}
+EXCHANGES_IMAGES = {"all-gather", "all-to-all", "collective-permute"}
+
+
+def _run(script, *args):
+    environment = {"KERAS_BACKEND": BACKEND, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"tests.{script}", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=FOLDER.parent,
+        env={**os.environ, **environment},
+    )
+
+
+def _result(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-6000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found():
+    cases = [(dataclasses.asdict(s), low, (1, 2)) for s, low, _ in KEPT.values()]
+    cases += [(dataclasses.asdict(s), low, (2, 1)) for s, low, _ in KEPT.values()]
+    cases += [(dataclasses.asdict(SPEC), low, (2, 2)) for low in ("shifted", "diagonal:6")]
+    return _result(_run("on_devices", json.dumps(cases)))
+
+
+def on_devices(*backends):
+    """Marks tests of what was `found`: in one worker, so that it is found once."""
+
+    def mark(test):
+        for each in (
+            pytest.mark.slow,
+            pytest.mark.xdist_group("devices"),
+            pytest.mark.backends(*backends),
+        ):
+            test = each(test)
+        return test
+
+    return mark
+
+
+#: Only JAX divides channels.
+HOW = ["data", "channels"] if BACKEND == "jax" else ["data"]
+
+
+def _variants(found):
+    names = [name.removesuffix(" kinds") for name in found if name.endswith(" kinds")]
+    return [name for name in names if name not in ("stock", "undistributed")]
+
+
+@on_devices("tensorflow", "jax")
+@pytest.mark.parametrize("how", HOW)
+def test_losses_are_those_of_one_device(found, how):
+    # The rewritten ones go on where stock has left off: the second half.
+    stock = found[how]["stock"]
+    np.testing.assert_allclose(stock, found["one device"], rtol=1e-8)
+    for name in _variants(found[how]):
+        np.testing.assert_allclose(
+            found[how][name], found[how]["undistributed"], rtol=1e-8, err_msg=name
+        )
+
+
+@on_devices("tensorflow", "jax")
+@pytest.mark.parametrize("how", HOW)
+def test_variables_stay_distributed(found, how):
+    kinds = found[how]["stock kinds"]
+    assert all(kind.endswith(" 2") for kind in kinds)
+    for name in _variants(found[how]):
+        assert found[how][f"{name} kinds"] == kinds, name
+    assert (
+        found[how]["undistributed kinds"]
+        == {
+            "tensorflow": ["ResourceVariable of 1"],
+            "jax": ["None on 1"],
+        }[BACKEND]
+    )
+
+
+@on_devices("jax")
+def test_a_layout_map_of_the_stock_model_divides_channels(found):
+    assert any("'model'" in kind for kind in found["channels"]["stock kinds"])
+    np.testing.assert_allclose(found["both"], found["one device"], rtol=1e-8)
+
+
+@on_devices("jax")
+def test_a_step_exchanges_no_images(found):
+    assert found["step collectives"] == ["all-reduce"]
+
+
+@on_devices("jax")
+@pytest.mark.parametrize("name", KEPT)
+def test_what_keeps_the_sharding_of_channels(found, name):
+    kept = KEPT[name][2]
+    case = found["table"][list(KEPT).index(name)]
+    assert (case["why_not"] == []) == kept
+    assert EXCHANGES_IMAGES.isdisjoint(case["collectives"]) == kept, case["collectives"]
+    assert case["error"] < 2e-6
+
+
+@on_devices("jax")
+@pytest.mark.parametrize("name", KEPT)
+def test_batches_are_never_gathered(found, name):
+    case = found["table"][len(KEPT) + list(KEPT).index(name)]
+    assert case["collectives"] == ["all-reduce"]  # Of the kernel gradient.
+    assert case["error"] < 2e-6
+
+
+@on_devices("jax")
+def test_batch_and_channels_at_once(found):
+    for case in found["table"][2 * len(KEPT) :]:
+        assert case["collectives"] == ["all-reduce"]
+        assert case["error"] < 2e-6
+
+
+@on_devices("jax")
+def test_rewrite_says_what_gathers(found):
+    (line,) = found["warning"]
+    assert "Gather the channels" in line
+    assert "diagonal_grouped:8 needs" in line
+    assert "depthwise" in line
+    assert found["no warning"] == []
+
+
+@on_devices("tensorflow", "jax")
+def test_tune_measures_one_replica_alone(found):
+    found = found["tune"]
+    (bench,) = found["bench"]
+    assert bench["batch"] == 4
+    assert not bench["current"]
+    assert found["still current"]
+    assert (
+        bench["kinds"]
+        == {
+            "tensorflow": ["ResourceVariable of 1"],
+            "jax": ["None on 1"],
+        }[BACKEND]
+    )
+    assert found["untouched"]
+    plan = found["plan"]
+    assert plan["batch_size"] == 8
+    assert plan["batches"] == [4]
+    assert plan["replicas"] == 2
+    assert plan["compiled"] == bench["compiled"] == (BACKEND == "jax")
+    assert "stock" in plan["steps"]
+    assert "that 2 replicas divide (near: 8, 10)" in found["refusal"]
+
+
+@on_devices("tensorflow")
+def test_what_a_strategy_cannot_do_is_refused(found):
+    assert "without XLA" in found["refuses XLA"]
+    assert "keras#20585" in found["refuses workers"]
+
+
+@pytest.mark.slow
+@pytest.mark.backends("jax")
+def test_processes_get_the_plan_of_the_first():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    first, second = (_run("on_processes", address, str(i)) for i in range(2))
+    first, second = _result(first), _result(second)
+    assert first["plan"] == second["plan"]
+    assert first["again"] == second["again"]
+    assert Plan.from_json(first["plan"]).conditions.replicas == 2
+    assert len(set(first["devices"])) == 1
+    assert second["devices"] == []
+    assert first["error"] == "StoppedError: the clock has stopped"
+    assert "RuntimeError: Process 0 failed" in second["error"]
+    assert "StoppedError: the clock has stopped" in second["error"]
+    for result in (first, second):
+        assert result["fully replicated"]
+        assert result["on devices"] == [2]
+
+
+class _Store:
+    def __init__(self):
+        self.texts = {}
+
+    def put(self, key, text):
+        assert key not in self.texts
+        self.texts[key] = text
+
+    def get(self, key, seconds):
+        return self.texts[key]
+
+
+def test_each_call_has_its_own_key(monkeypatch):
+    store = _Store()
+    backend = types.SimpleNamespace(process_store=lambda: store)
+    monkeypatch.setattr(first_process.backends, "current", lambda: backend)
+
+    def call(process, numbers, make):
+        monkeypatch.setattr(first_process, "_numbers", numbers)
+        return first_process.from_first_process(make, process)
+
+    def never():
+        raise AssertionError("only the first process makes it")
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    first, second = itertools.count(), itertools.count()
+    assert call(0, first, lambda: "a") == call(1, second, never) == "a"
+    assert call(0, first, lambda: "b") == call(1, second, never) == "b"
+    with pytest.raises(KeyboardInterrupt):
+        call(0, first, stopped)
+    with pytest.raises(RuntimeError, match="Process 0 failed.*KeyboardInterrupt"):
+        call(1, second, never)
+
+
+def test_replicas_share_a_batch():
+    assert Replicas(4).share(64) == 16
+    assert Replicas().share(7) == 7
+    with pytest.raises(ValueError, match=r"4 replicas divide \(near: 4\). Received: batch_size=3"):
+        Replicas(4).share(3)
+    assert distributions.replicas_of() == Replicas()
+    assert distributions.strategy_of() is None
+    assert distributions.batch_axis() is None
+
+
+def test_a_strategy_of_several_workers_is_refused_in_one_line():
+    class CollectiveAllReduceStrategy:
+        pass
+
+    class Experimental(CollectiveAllReduceStrategy):
+        pass
+
+    distributions.refuse_multi_worker(None)
+    for strategy in (CollectiveAllReduceStrategy(), Experimental()):
+        with pytest.raises(ValueError, match="keras#20585") as info:
+            distributions.refuse_multi_worker(strategy)
+        assert "\n" not in str(info.value)
+        assert "keras.distribution" in str(info.value)
+
+
+def test_nothing_is_current_inside_undistributed():
+    def raises():
+        raise LookupError("inside")
+
+    assert distributions.undistributed(lambda: 3) == 3
+    with pytest.raises(LookupError, match="inside"):
+        distributions.undistributed(raises)
+
+
+def test_conditions_say_replicas():
+    one, two = Conditions.current(False), Conditions.current(False, replicas=2)
+    assert one.replicas == 1
+    assert one.differences(two) == ["replicas 1 → 2"]
+    plan = Plan(two, {SPEC: "shifted"}, batch_size=8)
+    assert "batch of 8, 2 replicas" in str(plan)
+    assert "replicas" not in str(Plan(one, {SPEC: "shifted"}, batch_size=8))
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_plans_from_before_there_were_replicas_load():
+    fields = json.loads(Plan(Conditions.current(), {SPEC: "shifted"}).to_json())
+    del fields["conditions"]["replicas"]
+    assert Plan.from_json(json.dumps(fields)).conditions.replicas == 1
+
+
+def test_a_share_is_measured_once_whoever_has_the_rest():
+    problem = Problem(SPEC, "depthwise_conv")
+    one, two = Conditions.current(True), Conditions.current(True, replicas=2)
+    assert keys.of_problem(problem, "lowerings", one) == keys.of_problem(problem, "lowerings", two)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_why_not_sharded(name):
+    spec, lowering, kept = KEPT[name]
+    assert (why_not_sharded(spec, lowering, 2) == []) == kept
+
+
+def test_why_not_sharded_gives_reasons():
+    assert why_not_sharded(SPEC, "shifted", 3) == ["16 groups are not divided by 3 devices"]
+    (reason,) = why_not_sharded(SPEC, "diagonal_grouped:16", 2)
+    assert "that 16 divides; received 8" in reason
+
+
+def test_a_layer_without_a_layout_has_no_axis():
+    for layer in (
+        keras.layers.DepthwiseConv2D(3),
+        keras.layers.SeparableConv2D(4, 3),
+        keras.layers.Conv2D(8, 3, groups=4),
+    ):
+        layer.build((None, 8, 8, 4))
+        assert kernel_channels_axis(layer) is None

@@ -8,6 +8,7 @@ import tempfile
 import time
 
 os.environ["KERAS_BACKEND"] = "jax"
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # Nothing has to be quick.
 
 import keras
 

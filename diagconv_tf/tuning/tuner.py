@@ -28,6 +28,7 @@ from diagconv_tf.inspection import STOCK, Inspection, inspect_model
 from diagconv_tf.layers import kernel_channels_axis
 from diagconv_tf.lowerings import LoweringLike, why_not
 from diagconv_tf.measurements import Measured, ProblemMeasurements
+from diagconv_tf.model_tree import check_built
 from diagconv_tf.plan import Plan
 from diagconv_tf.rules import DEFAULT_RULES, Rule
 from diagconv_tf.spec import PASSES, Conditions
@@ -109,6 +110,7 @@ def tune(
         RuntimeError: if the first process could not tune; the message says why.
     """
     _check_arguments(batch_size, jit_compile, budget_seconds)
+    check_built(model)
     replicas = distribution.replicas_of(model)
     share = replicas.share(batch_size)
     compiled = _will_be_compiled(model, jit_compile)

@@ -155,6 +155,20 @@ class Config:
     jit_compile: str = _setting(
         "auto", "compile with XLA; 'auto' is Keras's choice", choices=("auto", "on", "off")
     )
+    distribution: str = _setting(
+        "none",
+        "'data_parallel' shares each batch among all devices: those of this machine (TensorFlow, "
+        "JAX), or of all processes that --job_addresses names (JAX)",
+        choices=("none", "data_parallel"),
+    )
+    sync_batch_norm: bool = _setting(
+        True,
+        "under TensorFlow's MirroredStrategy: batch norms take the statistics of the whole batch, "
+        "as on one device, and not of each device's part. (JAX always does.)",
+    )
+    cpu_devices: int = _setting(
+        1, "devices to make of the CPU, for a trial of --distribution without GPUs", least=1
+    )
     seed: int = _setting(0, "of initial weights, order of the images, and dropout", least=0)
 
     output_dir: str = _setting("runs", "folder of all results")

@@ -226,9 +226,10 @@ class _Watch(keras.callbacks.CallbackList):
         epochs = self._position[1]
         step = epochs * self._steps_per_epoch + self._offset + batch + 1
         self._position = (step, epochs)
-        if self._asked or step % self._check_loss_every == 0:
+        asked = self._asked(step)
+        if asked or step % self._check_loss_every == 0:
             self._check_loss(logs)
-        if self._asked:
+        if asked:
             self.stop_if_asked(self._snapshot(metrics_values(self.model)))
 
     def on_test_begin(self, logs=None):
@@ -258,17 +259,16 @@ class _Watch(keras.callbacks.CallbackList):
             return  # A callback has stopped the training: it does not go on from here.
         self._position = (step, epoch + 1)
         is_last = epoch + 1 == self._epochs or self._model.stop_training
-        if self._asked or is_last or (epoch + 1) % self._save_every == 0:
+        if self._asked() or is_last or (epoch + 1) % self._save_every == 0:
             self._save(self._snapshot())
         self.stop_if_asked()
 
-    @property
-    def _asked(self) -> bool:
-        return self._interruption is not None and self._interruption.signal_name is not None
+    def _asked(self, step: int | None = None) -> bool:
+        return self._interruption is not None and self._interruption.asked(step)
 
     def stop_if_asked(self, snapshot: Snapshot | None = None) -> None:
         """After a signal: saves what it is given, and raises `TrainingInterrupted`."""
-        if not self._asked:
+        if not self._asked():
             return
         self._save(snapshot)
         paths = self._checkpoints.paths() if self._checkpoints else []

@@ -62,6 +62,15 @@ class Interruption:
         self._former: dict[int, Any] = {}
         self._process: int | None = None
 
+    def asked(self, step: int | None = None) -> bool:
+        """Whether the training shall end here.
+
+        Args:
+            step: batches that the model has been trained on; None where a step
+                is not finished.
+        """
+        return self.signal_name is not None
+
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()

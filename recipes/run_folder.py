@@ -26,6 +26,15 @@ _MAY_DIFFER = (
     "max_steps",
 )
 
+#: Settings that each of several processes may have for itself.
+_OF_A_MACHINE = ("data_dir", "download", "cache_gb")
+
+
+def shared_settings(config: Config) -> str:
+    """Those that processes which train together must have in common, as JSON."""
+    settings = dataclasses.asdict(config)
+    return json.dumps({k: v for k, v in settings.items() if k not in _OF_A_MACHINE})
+
 
 def open_run_folder(config: Config) -> pathlib.Path:
     """The folder of a run's results, with `config.json` in it.

@@ -2,6 +2,7 @@
 
     python -m recipes.train --config=digits_mobilenet_v1
     python -m recipes.train --config=digits_mobilenet_v1 --epochs=2 --compare=stock,shifted,tune
+    python -m recipes.train --config=imagenet_mobilenet_v2 --distribution=data_parallel
 
 Reads from top to bottom: checks → data → model → tune → rewrite → fit →
 restore → report → export. The results are in `runs/NAME`; `recipes/report.py`
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +23,7 @@ from absl import app, flags, logging
 
 from diagconv_tf import StepTimer, export, files, inspect_model, restore
 from recipes import config as config_module
-from recipes import data, models
+from recipes import data, models, processes
 from recipes.checkpoints import Checkpoints
 from recipes.config import (
     BUILT_IN,
@@ -32,12 +34,12 @@ from recipes.config import (
     load_config,
     parse_flags,
 )
+from recipes.distributing import Distribution
 from recipes.finetuning import load_start
 from recipes.fitting import fit_from
 from recipes.input_wait import seconds_without_input
 from recipes.interruption import (
     EXIT_INTERRUPTED,
-    Interruption,
     NonFiniteLossError,
     TrainingInterrupted,
 )
@@ -45,21 +47,25 @@ from recipes.optimizers import compile_model
 from recipes.profiling import Profile
 from recipes.recording import MetricsLog, StopAfter, TensorBoardLog
 from recipes.report import RunReport, VariantResult, environment
-from recipes.run_folder import open_run_folder, progress_until
+from recipes.run_folder import Progress, open_run_folder, progress_until, shared_settings
 from recipes.variants import Variant
 
 CONFIG = flags.DEFINE_string(
     "config", "digits_mobilenet_v1", "a file in recipes/configs, or the path of one"
 )
 define_flags()
-flags.adopt_module_key_flags(config_module)  # So that --help shows them.
+processes.define_flags()
+for module in (config_module, processes):  # So that --help shows them.
+    flags.adopt_module_key_flags(module)
 
 
 class RecipeError(ValueError):
     """What the user can mend, found before the training begins."""
 
 
-def run_recipe(config: Config, *, verbose: int = 1) -> RunReport:
+def run_recipe(
+    config: Config, *, distribution: Distribution | None = None, verbose: int = 1
+) -> RunReport:
     """Trains every variant of `config` and writes the results.
 
     All variants start from the same weights and see the same batches and the
@@ -67,19 +73,24 @@ def run_recipe(config: Config, *, verbose: int = 1) -> RunReport:
 
     Args:
         config: The experiment.
+        distribution: Over which devices and processes; None finds out what
+            `config` asks for. Of several processes, the first one writes the
+            files.
         verbose: Of `model.fit`: 1 shows progress bars, 0 nothing.
 
     Returns:
         What was measured, and the folder of the results.
 
     Raises:
-        RecipeError: Before any training, if the data, a lowering or the folder
-            of the results is not as expected.
+        RecipeError: Before any training, if the data, a lowering, the devices
+            or the folder of the results is not as expected.
         TrainingInterrupted: After SIGTERM or SIGINT, when the step is saved.
         NonFiniteLossError: If the loss is NaN or infinite.
     """
     # Whatever can be wrong is found here, in seconds.
     try:
+        distribution = distribution or Distribution.start(config)
+        distribution.processes.agree("settings", shared_settings(config))
         variants = parse_variants(config)
         images = data.load(
             config.dataset,
@@ -91,34 +102,45 @@ def run_recipe(config: Config, *, verbose: int = 1) -> RunReport:
             shuffle_buffer=config.shuffle_buffer,
         )
         data.steps_per_epoch(images, config.batch_size)
-        model = build_model(config, images)
-        folder = open_run_folder(config)
+        distribution.processes.agree("images", f"{images.train.count} {images.test.count}")
+        with distribution.scope():
+            model = build_model(config, images, distribution)
+        folder = str(open_run_folder(config)) if distribution.is_first else ""
+        folder = pathlib.Path(distribution.processes.from_first(folder))
     except (ValueError, OSError) as error:
         raise RecipeError(str(error)) from error
     logging.info("The results will be in %s", folder)
     logging.info("%s", inspect_model(model, config.batch_size))
-
     results = []
-    for variant in variants:
-        model, result = train_variant(config, images, variant, folder, verbose=verbose)
-        results.append(result)
-
-    # The last variant, in stock layers again.
-    restored = restore(model)
-    test = evaluation_data(config, images)
-    accuracy = restored.evaluate(test, return_dict=True, verbose=0)["accuracy"]
-    files.write_aside(folder / "model.keras", without_training_state(restored).save)
-    exported = export_model(restored, folder)
+    with distribution.scope():
+        for variant in variants:
+            model, result = train_variant(
+                config, images, variant, folder, distribution, verbose=verbose
+            )
+            results.append(result)
+        jit_compile = bool(model.jit_compile)
+        # The last variant, in stock layers again.
+        restored = restore(model)
+        test = evaluation_data(config, images, distribution)
+        accuracy = restored.evaluate(test, return_dict=True, verbose=0)["accuracy"]
+    exported = ""
+    if distribution.is_first:
+        files.write_aside(folder / "model.keras", without_training_state(restored).save)
+        if distribution.strategy is not None:
+            # On one device again, as it will be served.
+            restored = keras.saving.load_model(folder / "model.keras", compile=False)
+        exported = export_model(restored, folder)
     report = RunReport(
         config,
         folder,
-        environment(),
+        {**environment(), "devices": distribution.describe(jit_compile)},
         tuple(results),
         accuracy,
         exported,
         images.skipped_files,
     )
-    report.write()
+    if distribution.is_first:
+        report.write()
     return report
 
 
@@ -142,6 +164,7 @@ def train_variant(
     images: data.ImageData,
     variant: Variant,
     folder: pathlib.Path,
+    distribution: Distribution,
     *,
     verbose: int = 1,
 ) -> tuple[keras.Model, VariantResult]:
@@ -149,30 +172,42 @@ def train_variant(
 
     Returns:
         The trained model, and what was measured.
+
+    Raises:
+        RecipeError: If processes have different plans or checkpoints.
     """
+    others, is_first = distribution.processes, distribution.is_first
     steps_per_epoch = data.steps_per_epoch(images, config.batch_size)
     epochs = config.epochs
     if config.max_steps is not None:
         epochs = min(epochs, -(-config.max_steps // steps_per_epoch))
     result_file = folder / "results" / f"{variant.file_name}.json"
-    metrics_file = folder / "metrics.jsonl"
+    metrics_file = folder / "metrics.jsonl" if is_first else pathlib.Path(os.devnull)
     checkpoints = Checkpoints(folder / "checkpoints" / variant.file_name)
 
     # The same start for all.
-    model = build_model(config, images)
+    model = build_model(config, images, distribution)
     compile_model(model, config, steps_per_epoch)
     plan = variant.apply(model, config)
-    if plan is not None:
+    if plan is not None and is_first:
         (folder / "plans").mkdir(exist_ok=True)
         plan.save(folder / "plans" / f"{variant.file_name}.json", overwrite=True)
     # The same dropout for all: on PyTorch it has no generator of its own.
     keras.utils.set_random_seed(config.seed)
     start = checkpoints.restore(model)
-    if start is not None and result_file.exists():
+    try:
+        others.agree("lowering or plan", plan.to_json() if plan else str(variant.lowering))
+        others.agree(f"checkpoint in {folder}", str(start.step if start else 0))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    is_done = others.from_first("done" if start and result_file.exists() else "")
+    if is_done:
         # As at the end of `fit`: the weights become their moving averages, if there are any.
         model.optimizer.finalize_variable_values(model.trainable_variables)
         return model, VariantResult.from_json(result_file.read_text())
-    progress = progress_until(metrics_file, variant.name, start.step if start else 0)
+    progress = Progress()
+    if is_first:
+        progress = progress_until(metrics_file, variant.name, start.step if start else 0)
 
     logging.info(
         "Training %s (%s): %d epochs of %d steps with %d images, from step %d",
@@ -183,29 +218,29 @@ def train_variant(
         config.batch_size,
         start.step if start else 0,
     )
-    with metrics_file.open("a") as file, Interruption() as interruption:
+    with metrics_file.open("a") as file, others.interruption() as interruption:
         # The timer comes first, so that it does not time the others.
         timer = StepTimer()
         log = MetricsLog(variant.name, file, progress, start.record if start else {})
         callbacks: list[keras.callbacks.Callback] = [timer, log]
         if config.ema_momentum:
             callbacks.append(keras.callbacks.SwapEMAWeights())
-        if keras.backend.backend() == "tensorflow":
+        if keras.backend.backend() == "tensorflow" and is_first:
             events = folder / "tensorboard" / variant.file_name
             callbacks.append(TensorBoardLog(events, timer))
         if config.max_steps is not None:
             callbacks.append(StopAfter(config.max_steps - len(progress.losses)))
-        if config.profile:
+        if config.profile and is_first:
             callbacks.append(Profile(folder / "profile" / variant.file_name))
         fit_from(
             model,
             start,
-            functools.partial(training_data, config, images),
+            functools.partial(training_data, config, images, distribution),
             steps_per_epoch=steps_per_epoch,
             epochs=epochs,
-            validation_data=evaluation_data(config, images),
+            validation_data=evaluation_data(config, images, distribution),
             callbacks=callbacks,
-            checkpoints=checkpoints,
+            checkpoints=checkpoints if is_first else None,
             save_every=config.checkpoint_epochs,
             record=log.state,
             interruption=interruption,
@@ -218,16 +253,19 @@ def train_variant(
         steps=timer.summary(),
         step_seconds=timer.timings.samples,
         without_input_seconds=seconds_without_input(
-            model, next(iter(training_data(config, images, 0)))
+            model, next(iter(training_data(config, images, distribution, 0)))
         ),
         choice=plan.reason if plan is not None else "",
     )
-    result_file.parent.mkdir(exist_ok=True)
-    files.write_text(result_file, result.to_json())
+    if is_first:
+        result_file.parent.mkdir(exist_ok=True)
+        files.write_text(result_file, result.to_json())
     return model, result
 
 
-def training_data(config: Config, images: data.ImageData, first_step: int) -> Any:
+def training_data(
+    config: Config, images: data.ImageData, distribution: Distribution, first_step: int
+) -> Any:
     """The batches from `first_step` on to the end of the last epoch."""
     return data.training_dataset(
         images,
@@ -238,10 +276,11 @@ def training_data(config: Config, images: data.ImageData, first_step: int) -> An
         first_step=first_step,
         input_range=config.input_range,
         one_hot=bool(config.label_smoothing),
+        replicas=distribution.replicas,
     )
 
 
-def evaluation_data(config: Config, images: data.ImageData) -> Any:
+def evaluation_data(config: Config, images: data.ImageData, distribution: Distribution) -> Any:
     """All test images in their order."""
     return data.evaluation_dataset(
         images,
@@ -249,10 +288,11 @@ def evaluation_data(config: Config, images: data.ImageData) -> Any:
         augmentation=config.augmentation,
         input_range=config.input_range,
         one_hot=bool(config.label_smoothing),
+        replicas=distribution.replicas,
     )
 
 
-def build_model(config: Config, images: data.ImageData) -> keras.Model:
+def build_model(config: Config, images: data.ImageData, distribution: Distribution) -> keras.Model:
     """The network in Keras's own layers, with the weights that all variants start from.
 
     Raises:
@@ -261,7 +301,14 @@ def build_model(config: Config, images: data.ImageData) -> keras.Model:
     # The same initial weights, and seeds of dropout, in every variant.
     keras.utils.set_random_seed(config.seed)
     if config.model not in BUILT_IN:
-        return load_start(config.model, images.image_shape, images.classes)
+        model = load_start(config.model, images.image_shape, images.classes)
+    else:
+        model = _built_in(config, images)
+    distribution.prepare(model, config)
+    return model
+
+
+def _built_in(config: Config, images: data.ImageData) -> keras.Model:
     build = {"mobilenet_v1": models.mobilenet_v1, "mobilenet_v2": models.mobilenet_v2}
     former_policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(config.dtype_policy)
@@ -313,16 +360,21 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     try:
         config = config_from_flags(load_config(CONFIG.value))
-    except ValueError as error:
+        others = processes.Processes.join(processes.group_from_flags())
+        distribution = Distribution.start(config, others)
+    except (ValueError, OSError) as error:
         exit_with_line(str(error), code=2)
     try:
-        report = run_recipe(config)
+        report = run_recipe(config, distribution=distribution)
+        others.leave()
     except (RecipeError, NonFiniteLossError) as error:
         exit_with_line(str(error), code=1)
     except TrainingInterrupted as interruption:
+        others.leave()
         exit_with_line(str(interruption), code=EXIT_INTERRUPTED)
-    report.print()
-    print(f"Results: {report.folder}")
+    if others.is_first:
+        report.print()
+        print(f"Results: {report.folder}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diagconv_tf.distribution import Replicas
 from recipes.data import augmentation as augmenting
 from recipes.data.augmentation import (
     EVALUATION_FRACTION,
@@ -55,6 +56,7 @@ def training_dataset(
     first_step: int = 0,
     input_range: str = "symmetric",
     one_hot: bool = False,
+    replicas: Replicas = Replicas(),  # noqa: B008 - frozen.
 ) -> Any:
     """The batches of a whole training, one epoch after another.
 
@@ -78,24 +80,33 @@ def training_dataset(
         input_range: Of the pixels, a key of `INPUT_RANGES`.
         one_hot: Whether labels are rows of zeros with a one, as smoothing of
             labels needs them, and not class numbers.
+        replicas: Who shares a batch. Of several processes each reads its own
+            part of every batch, and no other image.
 
     Returns:
         A tf.data dataset of (images, labels): float32 in `input_range`,
         (batch_size, *image_shape), and int32, (batch_size,), or float32,
-        (batch_size, classes). For synthetic images, a
-        `RepeatedBatch`.
+        (batch_size, classes); with several processes, batch_size / processes
+        of them. For synthetic images on one device, a `RepeatedBatch`.
 
     Raises:
-        ValueError: If there are fewer images than `batch_size`, or for an
-            unknown augmentation.
+        ValueError: If there are fewer images than `batch_size`, if the
+            replicas do not divide it, or for an unknown augmentation.
     """
     kind = augmenting.resolve(augmentation, images.image_size)
     steps = steps_per_epoch(images, batch_size)
+    replicas.share(batch_size)
+    own_size = batch_size // replicas.processes
     form = (input_range, one_hot)
     source, size = images.train, images.image_size
     if isinstance(source, SyntheticExamples):
         with on_host():
-            return RepeatedBatch.on_device(_prepared(images, *source.draw(batch_size), *form))
+            own = slice(replicas.process * own_size, (replicas.process + 1) * own_size)
+            batch = _prepared(images, *(part[own] for part in source.draw(batch_size)), *form)
+            if replicas.replicas == 1:
+                return RepeatedBatch.on_device(batch)
+            # Keras shares out batches of tf.data only.
+            return tf.data.Dataset.from_tensors(batch).repeat()
     first_epoch, steps_done = divmod(first_step, steps)
 
     def examples_of(epoch):
@@ -109,6 +120,9 @@ def training_dataset(
             tf.data.Dataset.range(start, steps * batch_size),
             tf.data.Dataset.from_tensors(fold_in(epoch_seed, _WINDOWS)).repeat(),
         )
+
+    def is_own(example, moves, position, window_seed):
+        return position % batch_size // own_size == replicas.process
 
     def read(example, moves, position, window_seed):
         record, label = example
@@ -134,10 +148,12 @@ def training_dataset(
     with on_host():
         # Only what is cheap is done per epoch: reading does not stop at its end.
         examples = tf.data.Dataset.range(first_epoch, epochs).flat_map(plain(examples_of))
+        if replicas.processes > 1:
+            examples = examples.filter(plain(is_own))
         if source.size == (size, size) and kind != "inception":
-            batches = _map(examples.batch(batch_size, drop_remainder=True), read_together)
+            batches = _map(examples.batch(own_size, drop_remainder=True), read_together)
         else:
-            batches = _batch(_map(examples, read), batch_size, drop_remainder=True)
+            batches = _batch(_map(examples, read), own_size, drop_remainder=True)
         return _finish(_map(batches, augment))
 
 
@@ -148,6 +164,7 @@ def evaluation_dataset(
     augmentation: str = "auto",
     input_range: str = "symmetric",
     one_hot: bool = False,
+    replicas: Replicas = Replicas(),  # noqa: B008 - frozen.
 ) -> tf.data.Dataset:
     """All test images in their order; the last batch may be smaller.
 
@@ -155,38 +172,74 @@ def evaluation_dataset(
     a little less of it (`EVALUATION_FRACTION`), because that shows objects
     larger than they are.
 
+    Several replicas need batches that they divide. So the last one is filled up
+    with images of weight 0: weighted metrics leave them out; Keras's mean loss
+    counts them as images without loss (at most `replicas - 1` of all).
+
     Args:
         images: From `load`.
         batch_size: Images in a batch.
         augmentation: Of the training.
         input_range: As of `training_dataset`.
         one_hot: As of `training_dataset`.
+        replicas: As of `training_dataset`.
 
     Returns:
-        Of (images, labels), as of `training_dataset`.
+        Of (images, labels), as of `training_dataset`; for several replicas of
+        (images, labels, weights), with float32 weights, (batch size,).
 
     Raises:
-        ValueError: For an unknown augmentation.
+        ValueError: For an unknown augmentation, or if the replicas do not
+            divide `batch_size`.
     """
     kind = augmenting.resolve(augmentation, images.image_size)
+    replicas.share(batch_size)
     source, size = images.test, images.image_size
     window = centre_square(EVALUATION_FRACTION if kind == "inception" else 1.0)
     with on_host():
         examples = source.in_order()
+        if replicas.replicas > 1:
+            examples = _shared_out(examples, source.count, batch_size, replicas)
+        own_size = batch_size // replicas.processes
         if source.size == (size, size) and kind != "inception":
             batches = _map(
-                examples.batch(batch_size),
-                lambda records, labels: (source.read(records), labels),
+                examples.batch(own_size),
+                lambda records, *rest: (source.read(records), *rest),
             )
         else:
             pictures = _map(
                 examples,
-                lambda record, label: (scale(cut(source.read(record), window), size), label),
+                lambda record, *rest: (scale(cut(source.read(record), window), size), *rest),
             )
-            batches = _batch(pictures, batch_size)
+            batches = _batch(pictures, own_size)
         return _finish(
-            _map(batches, lambda *batch: _prepared(images, *batch, input_range, one_hot))
+            _map(
+                batches,
+                lambda pictures, labels, *weights: (
+                    *_prepared(images, pictures, labels, input_range, one_hot),
+                    *weights,
+                ),
+            )
         )
+
+
+def _shared_out(
+    examples: tf.data.Dataset, count: int, batch_size: int, replicas: Replicas
+) -> tf.data.Dataset:
+    """This process's part of every batch, as (record, label, weight)."""
+    left = count % batch_size
+    filled = -(-left // replicas.replicas) * replicas.replicas
+
+    def is_own(position, example):
+        size = tf.where(position < count - left, batch_size, filled)
+        place = position % batch_size
+        return place * replicas.processes // tf.cast(size, tf.int64) == replicas.process
+
+    def weighted(position, example):
+        return (*example, tf.cast(position < count, tf.float32))
+
+    examples = examples.concatenate(examples.take(1).repeat(filled - left))
+    return _map(examples.enumerate().filter(plain(is_own)), weighted)
 
 
 def _map(dataset, function):

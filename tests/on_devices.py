@@ -13,7 +13,7 @@ import sys
 import tempfile
 
 BACKEND = os.environ["KERAS_BACKEND"]
-if BACKEND == "jax":
+if BACKEND == "jax" and __name__ == "__main__":
     # Compiling takes most of the time, and nothing is measured.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {quick}"
@@ -203,7 +203,7 @@ def on_jax():
 def model_parallel(shape):
     """As written for the stock model: kernels of grouped convolutions by their channels."""
     distribution = keras.distribution
-    devices = [f"cpu:{i}" for i in range(shape[0] * shape[1])]
+    devices = distribution.list_devices()[: shape[0] * shape[1]]
     mesh = distribution.DeviceMesh(shape, ("batch", "model"), devices)
     layout = distribution.LayoutMap(mesh)
     layout["depthwise/kernel"] = (None, None, "model", None)

@@ -15,11 +15,13 @@ import keras
 ADDRESS, PROCESS = sys.argv[1], int(sys.argv[2])
 keras.distribution.initialize(ADDRESS, 2, PROCESS)
 
-import jax  # noqa: E402
+import numpy as np  # noqa: E402
 
 from diagconv_tf import rewrite, tune  # noqa: E402
+from diagconv_tf.copying import copy_model  # noqa: E402
+from diagconv_tf.distribution import undistributed  # noqa: E402
 from diagconv_tf.tuning import tuner  # noqa: E402
-from tests.on_devices import network  # noqa: E402
+from tests.on_devices import model_parallel, network  # noqa: E402
 
 
 class StoppedError(Exception):
@@ -57,8 +59,31 @@ def main():
     copied = rewrite(model, "shifted")
     found["fully replicated"] = all(v.value.is_fully_replicated for v in copied.variables)
     found["on devices"] = sorted({len(v.value.sharding.device_set) for v in copied.variables})
-    found["processes"] = jax.process_count()
+    found["parts"] = parts()
     return found
+
+
+def parts():
+    """Copies of a model whose channels two processes share."""
+    keras.distribution.set_distribution(model_parallel((1, 2)))
+    model = network()
+    (kernel,) = (v for v in model.variables if v.path.endswith("depthwise/kernel"))
+    copied = rewrite(model, "shifted")
+    alone = undistributed(lambda: copy_model(model, distributed=False))
+    (alone_kernel,) = (v for v in alone.variables if v.path == kernel.path)
+    own = np.asarray(kernel.value.addressable_data(0))
+    return {
+        "divided": not kernel.value.is_fully_addressable,
+        "same shardings": all(
+            a.value.sharding == b.value.sharding
+            for a, b in zip(copied.variables, model.variables, strict=True)
+        ),
+        "devices": sorted({len(v.value.sharding.device_set) for v in alone.variables}),
+        "same shapes": all(
+            a.shape == b.shape for a, b in zip(alone.variables, model.variables, strict=True)
+        ),
+        "own values": bool(np.isin(own, np.asarray(alone_kernel.value)).all()),
+    }
 
 
 with contextlib.redirect_stdout(sys.stderr):

@@ -220,8 +220,12 @@ def test_processes_get_the_plan_of_the_first():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    first, second = (_run("on_processes", address, str(i)) for i in range(2))
-    first, second = _result(first), _result(second)
+    first, second = processes = [_run("on_processes", address, str(i)) for i in range(2)]
+    try:
+        first, second = _result(first), _result(second)
+    finally:
+        for process in processes:
+            process.kill()
     assert first["plan"] == second["plan"]
     assert first["again"] == second["again"]
     assert Plan.from_json(first["plan"]).conditions.replicas == 2
@@ -233,6 +237,13 @@ def test_processes_get_the_plan_of_the_first():
     for result in (first, second):
         assert result["fully replicated"]
         assert result["on devices"] == [2]
+        assert result["parts"] == {
+            "divided": True,
+            "same shardings": True,
+            "devices": [1],
+            "same shapes": True,
+            "own values": True,
+        }
 
 
 class _Store:

@@ -100,11 +100,13 @@ class Interruption:
         if self.signal_name is None:
             self.signal_name = signal.Signals(number).name
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            # Not `print`: the signal may have come in the middle of one.
-            os.write(
-                2,
-                f"\n{self.signal_name}: saving after this step (Ctrl-C: end at once)\n".encode(),
-            )
+            tell_of_saving(self.signal_name)
+
+
+def tell_of_saving(signal_name: str) -> None:
+    """Says on stderr that the signal was noticed."""
+    # Not `print`: the signal may have come in the middle of one.
+    os.write(2, f"\n{signal_name}: saving after this step (Ctrl-C: end at once)\n".encode())
 
 
 class LossCheck:

@@ -32,7 +32,7 @@ def end_with_line(lost: int, processes: int) -> NoReturn:
     # Not `sys.exit`, which ends a thread, and not `print`, whose lock another may hold.
     os.write(
         sys.stderr.fileno(),
-        f"error: process {lost} of 0 to {processes - 1} has ended, and the others with it. The "
+        f"\nerror: process {lost} of 0 to {processes - 1} has ended, and the others with it. The "
         "same commands with --resume go on from the last checkpoint\n".encode(),
     )
     os._exit(EXIT_INTERRUPTED)

@@ -23,7 +23,7 @@ import keras
 import numpy as np
 from absl import flags
 
-from recipes.interruption import Interruption
+from recipes.interruption import Interruption, tell_of_saving
 from recipes.liveness import Liveness
 
 _VARIABLES = "KERAS_DISTRIBUTION_"
@@ -250,6 +250,7 @@ class _SharedInterruption(Interruption):
         # During a validation the processes do not ask: they need not be in step.
         if step is not None and multihost_utils.reached_preemption_sync_point(step):
             self.signal_name = "SIGTERM"
+            tell_of_saving(self.signal_name)
         return self.signal_name is not None
 
 

@@ -61,7 +61,8 @@ def replicas_of(model: keras.Model | None = None) -> Replicas:
 
     Returns:
         What TensorFlow's strategy says, or the `keras.distribution` that is
-        set. A `ModelParallel` has as many replicas as its batch axis is long.
+        set; where none is, what the layouts of the model's variables tell of
+        it. A `ModelParallel` has as many replicas as its batch axis is long.
 
     Raises:
         ValueError: for a strategy of several workers (`refuse_multi_worker`).
@@ -74,7 +75,7 @@ def replicas_of(model: keras.Model | None = None) -> Replicas:
     if backend == "jax":
         import jax
 
-        batch = batch_axis()
+        batch = batch_axis() or _batch_axis_of_layouts(model)
         replicas = 1 if batch is None else batch.size
         return Replicas(replicas, jax.process_count(), jax.process_index())
     return Replicas()
@@ -142,6 +143,15 @@ def batch_axis() -> MeshAxis | None:
         return None
     # Not `num_model_replicas`: of a mesh of two axes, `DataParallel` counts all devices.
     return _mesh_axis(distribution.device_mesh, distribution.batch_dim_name)
+
+
+def _batch_axis_of_layouts(model: keras.Model | None) -> MeshAxis | None:
+    for variable in getattr(model, "variables", ()):
+        layout = getattr(variable, "_layout", None)
+        if isinstance(layout, keras.distribution.TensorLayout) and layout.device_mesh is not None:
+            # Keras's own choice, where the user names no other.
+            return _mesh_axis(layout.device_mesh, layout.device_mesh.axis_names[0])
+    return None
 
 
 def variable_axis(variable: Any, axis: int) -> MeshAxis | None:

@@ -24,7 +24,7 @@ from absl import logging  # noqa: E402
 
 from diagconv_tf import restore, rewrite, tune  # noqa: E402
 from diagconv_tf.copying import copy_model  # noqa: E402
-from diagconv_tf.distribution import strategy_of  # noqa: E402
+from diagconv_tf.distribution import replicas_of, strategy_of  # noqa: E402
 from diagconv_tf.tuning import tuner  # noqa: E402
 
 BATCH = 8
@@ -131,6 +131,8 @@ def tuned(scope, found):
         plan = tune(model, BATCH, budget_seconds=1e-3, cache_dir=tempfile.mkdtemp())
         still = strategy_of() is not None or keras.distribution.distribution() is not None
         found["refusal"] = refusal(lambda: tune(model, BATCH + 1))
+    found["replicas outside"] = replicas_of(model).replicas
+    found["warning outside"] = warning_of(lambda: rewrite(model, plan))
     found["bench"] = benches
     found["still current"] = still
     found["untouched"] = (

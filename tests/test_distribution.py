@@ -199,6 +199,8 @@ def test_tune_measures_one_replica_alone(found):
         }[BACKEND]
     )
     assert found["untouched"]
+    assert found["replicas outside"] == 2
+    assert not any("other conditions" in line for line in found["warning outside"])
     plan = found["plan"]
     assert plan["batch_size"] == 8
     assert plan["batches"] == [4]

@@ -55,6 +55,11 @@ class Distribution:
         if backend == "tensorflow":
             import tensorflow as tf
 
+            if config.jit_compile == "on":
+                raise ValueError(
+                    "Expected --jit_compile=auto or off with --distribution=data_parallel: "
+                    "TensorFlow cannot compile a step of several replicas with XLA. Received: on"
+                )
             kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
             devices = [device.name for device in tf.config.list_logical_devices(kind)]
             strategy: Any = tf.distribute.MirroredStrategy(devices)
@@ -102,7 +107,8 @@ class Distribution:
         """
         if self.strategy is None:
             return "one device"
-        text = f"{self.replicas.replicas} devices"
+        count = self.replicas.replicas
+        text = f"{count} device{'s' if count > 1 else ''}"
         if self.processes.processes > 1:
             text += f" of {self.processes.processes} processes"
         text += f" ({type(self.strategy).__name__})"

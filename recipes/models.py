@@ -214,6 +214,11 @@ class _Builder:
             "strides": stride,
             "padding": "same" if stride == 1 else "valid",
             "use_bias": False,
+            # He's, for an output that sums over 9 inputs (arXiv 1502.01852, eq. 10).
+            # Keras's own initializers count the inputs of all channels: their
+            # values are too small by the root of the number of channels, and a
+            # kernel's gradient, with a batch norm after it, too large by as much.
+            "depthwise_initializer": keras.initializers.RandomNormal(stddev=(2 / 9) ** 0.5),
             "name": name,
         }
         if self.lowering is None:

@@ -180,6 +180,12 @@ def test_a_backend_without_distribution_is_refused():
         Distribution.start(Config(distribution="data_parallel"))
 
 
+@pytest.mark.backends("tensorflow")
+def test_strategies_and_xla_are_refused_together():
+    with pytest.raises(ValueError, match="--jit_compile=auto or off"):
+        Distribution.start(Config(distribution="data_parallel", jit_compile="on"))
+
+
 def test_processes_need_a_distribution():
     with pytest.raises(ValueError, match="--distribution=data_parallel for several processes"):
         Distribution.start(Config(), Processes(1, 2))

@@ -15,7 +15,7 @@ from absl.testing import flagsaver
 
 from diagconv_tf import DiagonalwiseDepthwiseConv2D, Plan, files, rewrite
 from recipes import config as config_module
-from recipes import data, optimizers, train
+from recipes import data, models, optimizers, train
 from recipes.config import Config, load_config
 from recipes.finetuning import load_start
 from recipes.input_wait import seconds_without_input, wait_share
@@ -406,6 +406,9 @@ def small(monkeypatch, tmp_path, **settings):
 def test_every_config_trains(name, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "export_model", lambda *_: "")
     monkeypatch.setattr(train, "seconds_without_input", lambda *_: None)
+    # Fewer blocks: what is traced and compiled is most of the time of two steps.
+    monkeypatch.setattr(models, "_V1_BLOCKS", models._V1_BLOCKS[:2])
+    monkeypatch.setattr(models, "_V2_STAGES", models._V2_STAGES[:2])
     # Tuning has tests of its own; here it would measure for a minute.
     monkeypatch.setattr("recipes.variants.tune", lambda model, _: Plan.of_model(model))
     config = dataclasses.replace(

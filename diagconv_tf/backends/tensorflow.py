@@ -55,12 +55,16 @@ def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
 
 
 def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
+    forward = _traced_once(passes.forward)
+    input_gradient = _traced_once(passes.input_gradient)
+    kernel_gradient = _traced_once(passes.kernel_gradient)
+
     @tf.custom_gradient
     def forward_pass(inputs, kernel):
         def vjp(g):
             return input_gradient_pass(g, kernel, _shape(inputs)), kernel_gradient_pass(inputs, g)
 
-        return passes.forward(inputs, kernel), vjp
+        return forward(inputs, kernel), vjp
 
     def input_gradient_pass(output_gradient, kernel, input_shape):
         @tf.custom_gradient
@@ -68,7 +72,7 @@ def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
             def vjp(g):
                 return forward_pass(g, kernel), kernel_gradient_pass(g, output_gradient)
 
-            return passes.input_gradient(output_gradient, kernel, input_shape), vjp
+            return input_gradient(output_gradient, kernel, input_shape), vjp
 
         return with_shape(output_gradient, kernel)
 
@@ -78,7 +82,7 @@ def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
             shape = _shape(inputs)
             return input_gradient_pass(output_gradient, g, shape), forward_pass(inputs, g)
 
-        return passes.kernel_gradient(inputs, output_gradient), vjp
+        return kernel_gradient(inputs, output_gradient), vjp
 
     return forward_pass
 
@@ -97,6 +101,24 @@ def is_compiled_for_cpu() -> bool:
     # The only way to learn it while a function is traced.
     in_xla = control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
     return in_xla and default_device()[0] == "cpu"
+
+
+def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which a graph calls instead of having its operations each time.
+
+    TensorFlow takes a millisecond to trace an operation, and a network has the
+    same convolution many times. What is compiled has them all in place again.
+    """
+    # One for each context: inside, `is_compiled_for_cpu` is asked.
+    in_context = {in_xla: tf.function(function, autograph=False) for in_xla in (True, False)}
+
+    def call(*args: Any) -> Any:
+        graph = tf.compat.v1.get_default_graph()
+        if tf.executing_eagerly() or not graph.building_function:
+            return function(*args)
+        return in_context[bool(control_flow_util.GraphOrParentsInXlaContext(graph))](*args)
+
+    return call
 
 
 def _depthwise_conv2d(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:

@@ -28,8 +28,11 @@ def get_config() -> Config:
         stem="cifar",
         width_multiplier=0.25,
         dataset="digits",
+        augmentation="crop",
         batch_size=32,
         epochs=12,
-        learning_rate=0.1,
+        learning_rate=0.05,
+        warmup_fraction=0.2,
         weight_decay=1e-3,
+        ema_momentum=0.99,
     )

@@ -21,7 +21,11 @@ def get_config() -> Config:
         stem="imagenet",
         width_multiplier=0.35,
         dataset="digits",
+        augmentation="crop",
         batch_size=64,
-        epochs=20,
-        learning_rate=0.1,
+        epochs=24,
+        learning_rate=0.05,
+        warmup_fraction=0.2,
+        weight_decay=1e-3,
+        ema_momentum=0.99,
     )

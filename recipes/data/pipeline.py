@@ -80,8 +80,9 @@ def training_dataset(
         input_range: Of the pixels, a key of `INPUT_RANGES`.
         one_hot: Whether labels are rows of zeros with a one, as smoothing of
             labels needs them, and not class numbers.
-        replicas: Who shares a batch. Of several processes each reads its own
-            part of every batch, and no other image.
+        replicas: Who shares a batch. Of several processes each decodes its own
+            part of every batch, and no other image. (It reads no other file of
+            a folder; a stream of encoded images it reads as a whole.)
 
     Returns:
         A tf.data dataset of (images, labels): float32 in `input_range`,

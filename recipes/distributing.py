@@ -43,8 +43,8 @@ class Distribution:
                 divide the batch.
         """
         processes = processes or Processes()
-        if config.cpu_devices > 1:
-            _divide_cpu(config.cpu_devices)
+        if processes.processes == 1:  # Else it was done before they met.
+            divide_cpu(config.cpu_devices)
         if config.distribution == "none":
             if processes.processes > 1:
                 raise ValueError(
@@ -117,12 +117,17 @@ class Distribution:
         return text
 
 
-def _divide_cpu(count: int) -> None:
+def divide_cpu(count: int) -> None:
     """Makes devices of the CPU's cores, to try a distribution without GPUs.
+
+    Args:
+        count: of devices; 1 leaves the CPU as it is.
 
     Raises:
         ValueError: If the backend cannot, or has begun to compute.
     """
+    if count == 1:
+        return
     backend = keras.backend.backend()
     try:
         if backend == "tensorflow":

@@ -102,10 +102,14 @@ class Liveness:
             peer.settimeout(None)
             threading.Thread(target=self._watch, args=(number, peer), daemon=True).start()
 
-    def close(self) -> None:
-        """Says goodbye: the end of this process is none to be noticed."""
+    def stop(self) -> None:
+        """Watches no longer. The others notice when this process ends."""
         with self._lock:
             self._closed = True
+
+    def close(self) -> None:
+        """Says goodbye: the end of this process is none to be noticed."""
+        self.stop()
         for peer in self._peers.values():
             _send(peer, _GOODBYE)
 

@@ -17,12 +17,13 @@ import hashlib
 import os
 import sys
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
 from absl import flags
 
+from recipes.config import exit_with_line
 from recipes.interruption import Interruption, tell_of_saving
 from recipes.liveness import Liveness
 
@@ -189,6 +190,23 @@ class Processes:
         self.agree("end", "")
         self._liveness.close()
         jax.distributed.shutdown()
+
+    def end_with_line(self, message: str, code: int) -> NoReturn:
+        """Ends this process with `message` on one line of stderr.
+
+        Where the others do not end by themselves, for the same reason, they
+        notice it.
+        """
+        if self._liveness is None:
+            exit_with_line(message, code)
+        self._liveness.stop()
+        try:
+            exit_with_line(message, code)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # At a regular end JAX waits for processes that may have ended, and aborts.
+            os._exit(code)
 
     def from_first(self, text: str, size: int = 4096) -> str:
         """What the first process gave as `text`, in all of them.

@@ -34,7 +34,7 @@ from recipes.config import (
     load_config,
     parse_flags,
 )
-from recipes.distributing import Distribution
+from recipes.distributing import Distribution, divide_cpu
 from recipes.finetuning import load_start
 from recipes.fitting import fit_from
 from recipes.input_wait import seconds_without_input
@@ -64,7 +64,7 @@ class RecipeError(ValueError):
 
 
 def run_recipe(
-    config: Config, *, distribution: Distribution | None = None, verbose: int = 1
+    config: Config, others: processes.Processes | None = None, *, verbose: int = 1
 ) -> RunReport:
     """Trains every variant of `config` and writes the results.
 
@@ -73,9 +73,8 @@ def run_recipe(
 
     Args:
         config: The experiment.
-        distribution: Over which devices and processes; None finds out what
-            `config` asks for. Of several processes, the first one writes the
-            files.
+        others: The processes that train together, of which the first one
+            writes the files; None means this one alone.
         verbose: Of `model.fit`: 1 shows progress bars, 0 nothing.
 
     Returns:
@@ -89,7 +88,7 @@ def run_recipe(
     """
     # Whatever can be wrong is found here, in seconds.
     try:
-        distribution = distribution or Distribution.start(config)
+        distribution = Distribution.start(config, others)
         distribution.processes.agree("settings", shared_settings(config))
         variants = parse_variants(config)
         images = data.load(
@@ -360,18 +359,23 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     try:
         config = config_from_flags(load_config(CONFIG.value))
-        others = processes.Processes.join(processes.group_from_flags())
-        distribution = Distribution.start(config, others)
-    except (ValueError, OSError) as error:
+        group = processes.group_from_flags()
+    except ValueError as error:
         exit_with_line(str(error), code=2)
     try:
-        report = run_recipe(config, distribution=distribution)
-        others.leave()
-    except (RecipeError, NonFiniteLossError) as error:
+        if group is not None:
+            divide_cpu(config.cpu_devices)
+        others = processes.Processes.join(group)
+    except (ValueError, OSError) as error:
         exit_with_line(str(error), code=1)
+    try:
+        report = run_recipe(config, others, verbose=1)
+    except (RecipeError, NonFiniteLossError) as error:
+        others.end_with_line(str(error), code=1)
     except TrainingInterrupted as interruption:
         others.leave()
         exit_with_line(str(interruption), code=EXIT_INTERRUPTED)
+    others.leave()
     if others.is_first:
         report.print()
         print(f"Results: {report.folder}")

@@ -23,7 +23,7 @@ def get_config() -> Config:
         dataset="digits",
         augmentation="crop",
         batch_size=64,
-        epochs=24,
+        epochs=40,
         learning_rate=0.05,
         warmup_fraction=0.2,
         weight_decay=1e-3,

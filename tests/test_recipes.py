@@ -17,6 +17,7 @@ from diagconv_tf import DiagonalwiseDepthwiseConv2D, Plan, files, rewrite
 from recipes import config as config_module
 from recipes import data, models, optimizers, train
 from recipes.config import Config, load_config
+from recipes.distributing import Distribution
 from recipes.finetuning import load_start
 from recipes.input_wait import seconds_without_input, wait_share
 from recipes.interruption import NonFiniteLossError, TrainingInterrupted
@@ -341,7 +342,7 @@ def test_saved_models_load_and_give_equal_outputs(run):
     batch, _ = next(iter(data.evaluation_dataset(images, 4)))
     outputs = keras.ops.convert_to_numpy(model(batch, training=False))
     # It is the trained model: its batch norms have moved.
-    start = train.build_model(run.config, images)
+    start = train.build_model(run.config, images, Distribution())
     assert any(
         not np.array_equal(a, b)
         for a, b in zip(model.get_weights(), start.get_weights(), strict=True)
@@ -665,7 +666,9 @@ def test_bad_input_is_one_line_before_any_training(
 
 def test_flags_override_the_config(monkeypatch):
     given = []
-    monkeypatch.setattr(train, "run_recipe", lambda config: given.append(config) or pytest.skip())
+    monkeypatch.setattr(
+        train, "run_recipe", lambda config, *_, **__: given.append(config) or pytest.skip()
+    )
     arguments = ["--epochs=3", "--compare=stock,shifted", "--learning_rate=1", "--nooverwrite"]
     with flagsaver.flagsaver(), pytest.raises(pytest.skip.Exception):
         train.main(config_module.parse_flags(["train", *arguments]))

@@ -23,6 +23,7 @@ import keras
 import numpy as np
 from absl import flags
 
+from diagconv_tf.tuning.first_process import from_first_process
 from recipes.config import exit_with_line
 from recipes.interruption import Interruption, tell_of_saving
 from recipes.liveness import Liveness
@@ -208,22 +209,15 @@ class Processes:
             # At a regular end JAX waits for processes that may have ended, and aborts.
             os._exit(code)
 
-    def from_first(self, text: str, size: int = 4096) -> str:
+    def from_first(self, text: str) -> str:
         """What the first process gave as `text`, in all of them.
 
         Args:
             text: of the first process; of the others it does not matter.
-            size: bytes that it takes at most.
         """
         if self.processes == 1:
             return text
-        from jax.experimental import multihost_utils
-
-        content = np.zeros(size, "uint8")
-        encoded = text.encode() if self.is_first else b""
-        content[: len(encoded)] = np.frombuffer(encoded, "uint8")
-        shared = np.asarray(multihost_utils.broadcast_one_to_all(content))
-        return shared.tobytes().rstrip(b"\0").decode()
+        return from_first_process(lambda: text, self.process)
 
     def agree(self, what: str, value: str) -> None:
         """Makes sure that all processes have the same; waits for all of them.

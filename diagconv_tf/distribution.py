@@ -97,6 +97,24 @@ def strategy_of(model: keras.Model | None = None) -> Any:
     return own
 
 
+def is_distributed(model: keras.Model) -> bool:
+    """Whether a strategy or distribution is current, or the one that `model` was made under."""
+    if strategy_of(model) is not None or keras.distribution.distribution() is not None:
+        return True
+    return any(getattr(variable, "_layout", None) is not None for variable in model.variables)
+
+
+def divided_variables(model: keras.Model) -> list[str]:
+    """Paths of the variables of which this process holds a part only."""
+
+    def is_divided(value: Any) -> bool:
+        if keras.backend.backend() != "jax":
+            return False
+        return not (value.is_fully_addressable or value.is_fully_replicated)
+
+    return [variable.path for variable in model.variables if is_divided(variable.value)]
+
+
 def undistributed(function: Callable[[], _Result]) -> _Result:
     """What `function` returns or raises where no strategy and no distribution is current."""
     if strategy_of() is not None:

@@ -22,7 +22,7 @@ import keras  # noqa: E402 - JAX reads the variable when it is imported.
 import numpy as np  # noqa: E402
 from absl import logging  # noqa: E402
 
-from diagconv_tf import restore, rewrite, tune  # noqa: E402
+from diagconv_tf import export, restore, rewrite, tune  # noqa: E402
 from diagconv_tf.copying import copy_model  # noqa: E402
 from diagconv_tf.distribution import replicas_of, strategy_of  # noqa: E402
 from diagconv_tf.tuning import tuner  # noqa: E402
@@ -148,6 +148,33 @@ def tuned(scope, found):
     }
 
 
+def exported(scope, found):
+    """What a SavedModel of a distributed model computes, exported inside and outside the scope."""
+    with scope():
+        model = rewrite(network(), "shifted", in_place=True)
+    sample = batches()[0][:3]
+    expected = copy_model(model, distributed=False)(sample)
+    for where in ("inside", "outside"):
+        path = os.path.join(tempfile.mkdtemp(), "model")
+        with scope() if where == "inside" else contextlib.nullcontext():
+            report = export(model, path, sample=sample)
+            still = strategy_of() is not None or keras.distribution.distribution() is not None
+        outputs = served(path, sample)
+        found[where] = {
+            "error": float(np.max(np.abs(outputs - np.asarray(expected)))),
+            "ops": report.depthwise_found,
+            "still current": still,
+        }
+    found["kinds"] = sorted(set(kinds(model)))
+
+
+def served(path, sample):
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(path)  # Its function does not keep its variables alive.
+    return np.asarray(loaded.serve(tf.constant(sample)))
+
+
 def losses_of_scope(scope, model):
     with scope():
         return losses(model)
@@ -168,9 +195,10 @@ def on_tensorflow():
     virtual = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(cpu, virtual)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    found = {"one device": losses(network()), "data": {}, "tune": {}}
+    found = {"one device": losses(network()), "data": {}, "tune": {}, "export": {}}
     variants(strategy.scope, found["data"], *VARIANTS)
     tuned(strategy.scope, found["tune"])
+    exported(strategy.scope, found["export"])
     with strategy.scope():
         compiled = network(jit_compile=True)
     found["refuses XLA"] = refusal(lambda: tune(compiled, BATCH))
@@ -185,13 +213,14 @@ def on_jax():
     data = distribution.DataParallel(devices=["cpu:0", "cpu:1"])
     channels = model_parallel((1, 2))
     both = model_parallel((2, 2))
-    found = {"one device": losses(network()), "data": {}, "channels": {}, "tune": {}}
+    found = {"one device": losses(network()), "data": {}, "channels": {}, "tune": {}, "export": {}}
     ways = ("shifted copy", "per pass, in place", "diagonal, in place inside")
     variants(data.scope, found["data"], *ways)
     variants(channels.scope, found["channels"], "shifted copy", "diagonal, in place inside")
     with both.scope():
         found["both"] = losses(rewrite(network(), "shifted"))
     tuned(data.scope, found["tune"])
+    exported(channels.scope, found["export"])
     with data.scope():
         model = rewrite(network(), "shifted", in_place=True)
         found["step collectives"] = collectives(compiled_step(model))

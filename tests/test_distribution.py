@@ -122,6 +122,20 @@ def test_losses_are_those_of_one_device(found, how):
 
 
 @on_devices("tensorflow", "jax")
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_a_distributed_model_is_exported_as_on_one_device(found, where):
+    exported = found["export"][where]
+    assert exported["error"] < 1e-12
+    assert exported["still current"] == (where == "inside")
+    kinds = found["export"]["kinds"]  # Of the model's own variables, afterwards.
+    if BACKEND == "tensorflow":
+        assert exported["ops"] == 2
+        assert any(kind.endswith("of 2") for kind in kinds)
+    else:
+        assert any("model" in kind for kind in kinds)
+
+
+@on_devices("tensorflow", "jax")
 @pytest.mark.parametrize("how", HOW)
 def test_variables_stay_distributed(found, how):
     kinds = found[how]["stock kinds"]

@@ -11,7 +11,8 @@ from typing import Any
 
 import keras
 
-from diagconv_tf import error_text, files
+from diagconv_tf import distribution, error_text, files
+from diagconv_tf.copying import copy_model
 from diagconv_tf.exporting import comparing
 from diagconv_tf.exporting.base import Format
 from diagconv_tf.exporting.litert import LiteRT
@@ -51,6 +52,11 @@ sizes of images must be known |
     | `"onnx"`, `.onnx` | yes | with the jax2onnx package; sizes of images must be known | yes, \
 with `native=True`; sizes of images must be known |
 
+    A model whose variables are mirrored, or divided among devices, is exported as
+    a copy that is on one device; the file knows of no strategy or distribution.
+    Of several processes any may call this alone, as long as none of the variables
+    is divided among them.
+
     In half precision SavedModels work, ONNX works for float16 on TensorFlow and
     PyTorch, and LiteRT does not. What does not work raises an `ExportError`.
 
@@ -80,8 +86,8 @@ with `native=True`; sizes of images must be known |
         An `ExportReport`.
 
     Raises:
-        ValueError: if an argument is not as described, or the backend cannot
-            write the format.
+        ValueError: if an argument is not as described, the backend cannot write
+            the format, or a variable is divided among processes.
         FileExistsError: if `path` exists, unless `overwrite`.
         ImportError: if a package is missing.
         ExportError: if the export fails, the file does not run, its outputs
@@ -91,6 +97,20 @@ with `native=True`; sizes of images must be known |
     """
     file_format = _find_format(format)
     check_built(model)
+    if distribution.is_distributed(model):
+        _check_whole(model)
+        return distribution.undistributed(
+            lambda: export(
+                copy_model(model, distributed=False),
+                path,
+                format,
+                native,
+                overwrite=overwrite,
+                sample=sample,
+                tolerance=tolerance,
+                **options,
+            )
+        )
     target = _check_path(path, file_format, overwrite)
     _check_requirements(file_format)
     name = os.path.basename(target)
@@ -184,6 +204,16 @@ def _check_requirements(file_format: Format) -> None:
         raise ImportError(
             f"format='{file_format.name}' with the {keras.backend.backend()} backend needs "
             f"{modules}, which is not installed: pip install {packages}"
+        )
+
+
+def _check_whole(model: keras.Model) -> None:
+    divided = distribution.divided_variables(model)
+    if divided:
+        raise ValueError(
+            "Expected a model of which this process holds all values. Received: variables that "
+            f"are divided among processes ({', '.join(divided[:3])}{', …' if divided[3:] else ''});"
+            " export it from its weights in a process that holds them all"
         )
 
 

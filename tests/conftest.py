@@ -16,6 +16,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# XLA's programs for CPUs are compiled often and run once: LLVM need not optimise them,
+# which takes a third of the tests' time. With XLA_FLAGS= (empty) it does, as for users.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
 import keras  # noqa: E402 - JAX reads the variables when it is imported.
 
 # The same examples on every run: CI must not fail by luck. `thorough` draws

@@ -19,11 +19,12 @@ import PIL.Image
 import pytest
 import tensorflow as tf
 
+from diagconv_tf.distribution import Replicas
 from recipes import data
 from recipes.data import augmentation as augmenting
 from recipes.data import folder, pictures, tfds_source
-from recipes.data.host import on_host
 from recipes.data.image_data import ImageData
+from recipes.data.shares import Share
 from recipes.data.sources import (
     EncodedExamples,
     FileExamples,
@@ -66,13 +67,23 @@ def varied_bytes():
     return [encode(p, ("JPEG", "PNG")[n % 2]) for n, p in enumerate(varied_pictures())]
 
 
-def streamed(shuffle_buffer):
-    encoded, labels = varied_bytes(), np.arange(COUNT, dtype="int64")
-    with on_host():
-        whole = tf.data.Dataset.from_tensor_slices((encoded, labels))
-        # 12 pieces of 1 or 2: more than are read at a time.
-        parts = [whole.skip(p[0]).take(len(p)) for p in np.array_split(np.arange(COUNT), 12)]
-    return StreamedExamples(whole, parts, COUNT, shuffle_buffer)
+def streamed(encoded, shuffle_buffer, files=12, seen=None):
+    """A stream; the numbers of the examples that are read from it are added to `seen`."""
+
+    def stream(start, stop):
+        assert start < stop
+        labels = np.arange(start, stop, dtype="int64")
+        part = tf.data.Dataset.from_tensor_slices((encoded[start:stop], labels))
+        return part if seen is None else part.map(see)
+
+    def see(picture, label):
+        def add(label):
+            seen.append(int(label))
+            return label
+
+        return picture, tf.ensure_shape(tf.numpy_function(add, [label], tf.int64), [])
+
+    return StreamedExamples(stream, len(encoded), files, shuffle_buffer)
 
 
 def files(tmp_path_factory):
@@ -94,7 +105,8 @@ SOURCES = {
     ),
     "encoded": lambda _: EncodedExamples(tf.constant(varied_bytes()), np.arange(COUNT)),
     "files": files,
-    "streamed": lambda _: streamed(7),
+    # 12 pieces of 1 or 2: more than are read at a time.
+    "streamed": lambda _: streamed(varied_bytes(), 7),
 }
 
 
@@ -201,16 +213,17 @@ def test_augmentation_is_a_function_of_seed_epoch_and_position(augmentation):
     assert not np.array_equal(stream(4, seed=1), expected)
 
 
-def test_large_sets_are_mixed_beyond_neighbours():
-    count, pieces = 960, 16
-    with on_host():
-        whole = tf.data.Dataset.from_tensor_slices((tf.fill([count], b""), tf.range(count)))
-        parts = [whole.skip(p * 60).take(60) for p in range(pieces)]
-    source = StreamedExamples(whole, parts, count, shuffle_buffer=100)
-    orders = [
-        np.array([y for _, y in source.shuffled(tf.constant([0, n], tf.int64)).as_numpy_iterator()])
-        for n in range(2)
+def shuffled_labels(source, share):
+    """Of two epochs."""
+    seeds = [tf.constant([0, epoch], tf.int64) for epoch in range(2)]
+    return [
+        np.array([y for _, y in source.shuffled(seed, share).as_numpy_iterator()]) for seed in seeds
     ]
+
+
+def test_large_sets_are_mixed_beyond_neighbours():
+    count = 960
+    orders = shuffled_labels(streamed([b""] * count, 100, files=16), Share(1))
     for order in orders:
         assert sorted(order) == list(range(count))
         # A window of 64 has examples of 8 pieces or more, most from far away.
@@ -219,6 +232,174 @@ def test_large_sets_are_mixed_beyond_neighbours():
     # Those that began an epoch come anywhere in the next.
     places = np.argsort(orders[1])[orders[0][:64]]
     assert np.ptp(places) > count / 2
+
+
+# What one process sees of batch 3 on, in two epochs: recorded, so that it stays.
+RECORDED_LABELS = {
+    "pixels": "16 20 9 1 7 2 19 12 15 7 0 21 10 2 9 12 18 11 14 8 5 13 1 19 6 3 22 20",
+    "streamed": "3 6 7 20 1 13 11 10 2 0 22 15 14 18 13 11 19 1 12 4 10 16 6 20 17 21 5 8",
+}
+# Of the first pictures and the last, 0 to 255.
+RECORDED_MEANS = {
+    ("pixels", "crop_flip"): [115.3, 116.3, 105.3, 104.7, 104.9, 100.5, 122.0, 117.5],
+    ("pixels", "inception"): [126.0, 136.7, 132.3, 137.7, 120.1, 128.0, 117.9, 120.3],
+    ("streamed", "crop_flip"): [91.6, 106.0, 134.9, 118.9, 101.5, 168.8, 126.6, 121.5],
+    ("streamed", "inception"): [96.0, 114.9, 166.5, 151.5, 114.6, 168.5, 91.2, 129.9],
+}
+
+
+@pytest.mark.parametrize(("kind", "augmentation"), RECORDED_MEANS)
+def test_trainings_of_earlier_versions_go_on_with_the_same_batches(kind, augmentation):
+    images = image_data(SOURCES[kind](None))
+    found = batches(images, augmentation=augmentation, first_step=3, input_range="bytes")
+    assert " ".join(str(label) for _, y in found for label in y) == RECORDED_LABELS[kind]
+    means = np.concatenate([x.mean(axis=(1, 2, 3)) for x in (found[0][0], found[-1][0])])
+    np.testing.assert_allclose(means, RECORDED_MEANS[kind, augmentation], atol=0.3, rtol=0)
+
+
+# Several processes
+
+
+def of_processes(processes, make, devices=1):
+    """What `make` makes for each of them, of its replicas."""
+    return [make(Replicas(processes * devices, processes, process)) for process in range(processes)]
+
+
+def labels_of_processes(images, processes, batch_size=6, **options):
+    """By process, epoch and place."""
+    found = of_processes(
+        processes, lambda r: labels_by_epoch(images, batch_size, replicas=r, **options)
+    )
+    return np.stack(found)
+
+
+def in_the_places_of_one(parts):
+    """Arrays of the batches of one process, of those of several."""
+    return [
+        tuple(np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+        for batches in zip(*parts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "augmentation"),
+    [
+        ("pixels", "crop_flip"),
+        ("pixels of another size", "inception"),
+        ("encoded", "crop_flip"),
+        ("files", "inception"),
+    ],
+)
+def test_processes_share_the_batches_of_one(kind, augmentation, tmp_path_factory):
+    images = image_data(SOURCES[kind](tmp_path_factory))
+    options = {"augmentation": augmentation, "first_step": 2}
+    parts = of_processes(3, lambda r: batches(images, 6, replicas=r, **options))
+    assert_same_batches(in_the_places_of_one(parts), batches(images, 6, **options))
+    parts = of_processes(3, lambda r: evaluated(images, 6, r))
+    found, expected = in_the_places_of_one(parts), evaluated(images, 6, Replicas(3))
+    for arrays, expected_arrays in zip(found, expected, strict=True):
+        for array, expected_array in zip(arrays, expected_arrays, strict=True):
+            np.testing.assert_array_equal(array, expected_array)
+
+
+def evaluated(images, batch_size, replicas, **options):
+    dataset = data.evaluation_dataset(images, batch_size, replicas=replicas, **options)
+    return list(dataset.as_numpy_iterator())
+
+
+@pytest.mark.parametrize(("processes", "files"), [(2, 1), (3, 12)])
+def test_a_process_reads_its_share_of_a_stream_alone(processes, files):
+    shares = [set(part) for part in np.array_split(np.arange(COUNT), processes)]
+    in_epochs = []
+    for process, share in enumerate(shares):
+        seen = []
+        images = image_data(streamed(varied_bytes(), 3, files, seen))
+        replicas = Replicas(processes, processes, process)
+        in_epochs.append(labels_by_epoch(images, 6, epochs=4, replicas=replicas))
+        assert set(seen) == share
+        # All of it or, because what the last epoch leaves out may not be read, nearly all.
+        assert 3 * len(share) < len(seen) <= 4 * len(share)
+    for epoch in np.stack(in_epochs, axis=1):
+        assert epoch.shape == (processes, 18 // processes)
+        assert len(set(epoch.ravel())) == 18
+    for own in in_epochs:
+        assert len({tuple(epoch) for epoch in own}) == 4
+
+
+def test_shares_of_a_stream_are_in_an_order_of_seed_and_epoch():
+    images = image_data(streamed(varied_bytes(), 3))
+    expected = labels_of_processes(images, 2)
+    keras.utils.set_random_seed(0)
+    np.testing.assert_array_equal(labels_of_processes(images, 2), expected)
+    other = labels_of_processes(images, 2, seed=1)
+    assert (expected != other).any(axis=-1).all()
+
+
+def test_shares_of_a_stream_are_mixed_and_each_in_its_own_order():
+    length, processes = 240, 4
+    source = streamed([b""] * (length * processes), 30, files=32)
+    orders = of_processes(processes, lambda r: shuffled_labels(source, Share(8, r)))
+    orders = np.array(orders) - length * np.arange(processes)[:, None, None]
+    for order in orders.reshape(-1, length):
+        assert sorted(order) == list(range(length))
+        # The pieces have 30.
+        assert len(set(order[:40] // 30)) == 8
+        assert np.mean(np.abs(np.diff(order)) > 30) > 0.7
+    # Those that meet in an epoch do not meet again.
+    pairs = [set(zip(*orders[:2, epoch], strict=True)) for epoch in range(2)]
+    assert len(pairs[0] & pairs[1]) < 10
+    assert np.mean(orders[0, 0] == orders[1, 0]) < 0.05
+
+
+@pytest.mark.parametrize("process", [0, 2])
+def test_a_share_of_a_stream_goes_on_where_it_was_left(process):
+    images = image_data(streamed(varied_bytes(), 3))
+    options = {"augmentation": "crop_flip", "replicas": Replicas(3, 3, process)}
+    unbroken = batches(images, 6, **options)
+    assert [len(y) for _, y in unbroken] == [2] * 6
+    # At the end of an epoch, and within one.
+    for step in (3, 5):
+        assert_same_batches(batches(images, 6, first_step=step, **options), unbroken[step:])
+
+
+@pytest.mark.parametrize("augmentation", ["crop_flip", "inception"])
+def test_augmentation_of_a_share_of_a_stream_is_by_its_place_in_the_batch(augmentation):
+    # 24 pictures, all the same: what differs is augmentation.
+    images = image_data(streamed([encode(smooth_picture(0, SIZE, SIZE), "PNG")] * 24, 3))
+    options = {"augmentation": augmentation, "first_step": 2}
+    parts = of_processes(3, lambda r: batches(images, 6, replicas=r, **options))
+    expected = [x for x, _ in batches(images, 6, **options)]
+    assert len({x.tobytes() for x in np.concatenate(expected)}) > 12
+    np.testing.assert_array_equal([x for x, _ in in_the_places_of_one(parts)], expected)
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "count"),
+    [(2, 1, 23), (2, 2, 23), (2, 3, 16), (3, 1, 23), (3, 2, 23), (3, 2, 1), (1, 4, 23)],
+)
+def test_a_process_evaluates_its_share_of_a_stream(processes, devices, count):
+    shares = np.array_split(np.arange(count), processes)
+    sizes, labels_of_weight = [], {0: [], 1: []}
+    for process, share in enumerate(shares):
+        seen = []
+        images = image_data(streamed(varied_bytes()[:count], 3, seen=seen))
+        replicas = Replicas(processes * devices, processes, process)
+        found = evaluated(images, 12, replicas, augmentation="crop_flip")
+        sizes.append([len(y) for _, y, _ in found])
+        for inputs, labels, weights in found:
+            assert inputs.shape == (len(labels), SIZE, SIZE, 3)
+            for label, weight in zip(labels, weights, strict=True):
+                labels_of_weight[weight].append(label)
+        if len(share):
+            assert set(seen) == set(share)
+        # Once, and one more for each that fills up.
+        assert len(seen) == sum(sizes[-1])
+    assert labels_of_weight[1] == list(range(count))
+    assert len(labels_of_weight[0]) < processes * devices
+    for own in sizes:
+        assert own == sizes[0]
+        assert all(size % devices == 0 for size in own)
+        assert own[:-1] == [12 // processes] * (len(own) - 1)
 
 
 # Pictures and batches
@@ -762,6 +943,15 @@ class TinyUnlisted(Tiny, skip_registration=True):
     """Known to nobody, as one that somebody else prepared."""
 
 
+# As `tfds.load` takes it, for the labels in the order of the files.
+IN_ORDER = MappingProxyType(
+    {
+        "as_supervised": True,
+        "read_config": tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
+    }
+)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A folder with records of the sets above, in four files a split."""
@@ -800,6 +990,41 @@ def test_prepared_records(prepared, name, cache_gb, kinds):
         expected = np.broadcast_to(10 * labels[:, None, None, None], inputs.shape)
         np.testing.assert_allclose(as_pixels(inputs), expected, atol=1e-3)
     assert_same_batches(batches(images, 5, epochs=3, first_step=6), found[6:])
+
+
+@pytest.mark.parametrize(("processes", "process"), [(2, 0), (2, 1), (3, 1)])
+def test_a_process_opens_the_files_of_its_share_alone(prepared, tmp_path, processes, process):
+    shutil.copytree(prepared / "tiny", tmp_path / "tiny")
+    images = data.load(
+        "tiny", image_size=SIZE, data_dir=str(tmp_path), cache_gb=0, shuffle_buffer=3
+    )
+    info = tfds.builder("tiny", data_dir=tmp_path).info
+    replicas = Replicas(processes, processes, process)
+    shares, lost = {}, 0
+    for split in ("train", "validation"):
+        numbers = [int(y) for _, y in tfds.load("tiny", split=split, data_dir=tmp_path, **IN_ORDER)]
+        start, stop = Share(6, replicas).own_part(len(numbers))
+        shares[split] = numbers[start:stop]
+        ends = np.cumsum(info.splits[split].shard_lengths)
+        for path, first, end in zip(info.splits[split].filepaths, [0, *ends], ends, strict=False):
+            if end <= start or first >= stop:
+                pathlib.Path(path).unlink()
+                lost += 1
+    assert lost >= 3
+    found = batches(images, 6, replicas=replicas)
+    assert [len(y) for _, y in found] == [6 // processes] * 6
+    for epoch in range(2):
+        own = np.concatenate([y for _, y in found[3 * epoch : 3 * epoch + 3]])
+        assert len(set(own)) == len(own)
+        assert set(own) <= set(shares["train"])
+    tested = evaluated(images, 6, replicas)
+    assert sum(len(y) for _, y, _ in tested) == -(-7 // processes)
+    weighted = np.concatenate([y[weights == 1] for _, y, weights in tested])
+    assert weighted.tolist() == shares["validation"]
+    for inputs, labels, *_ in found + tested:
+        expected = np.broadcast_to(10 * labels[:, None, None, None], inputs.shape)
+        np.testing.assert_allclose(as_pixels(inputs), expected, atol=1e-3)
+    assert_same_batches(batches(images, 6, first_step=4, replicas=replicas), found[4:])
 
 
 @every_backend

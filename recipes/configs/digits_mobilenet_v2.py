@@ -6,7 +6,8 @@ Data:      1437 training and 360 test images, 8x8 scaled up to 32x32x3.
 Hardware:  2 CPU cores.
 Time:      stock, TensorFlow without XLA: 116 s of training; 193 s from start to
            SavedModel.
-Accuracy:  98.06 % of the test images, stock, seed 0; other seeds and lowerings not run.
+Accuracy:  of the test images, stock and diagonal:32, in percent: 99.44 and 99.72
+           (seed 0), 98.06 and 98.61 (seed 1), 98.89 and 98.61 (seed 2).
 
     python -m recipes.train --config=digits_mobilenet_v2
 """

@@ -9,6 +9,7 @@ backend.
     sources.py       the kinds of places: pixels, encoded images, files, streams; their orders
     pictures.py      decode, cut, scale         augmentation.py  what is random about it
     seeds.py         randomness as a function of numbers
+    shares.py        which images are whose, of several processes
     host.py          TensorFlow, kept off the GPU where another backend has it
 """
 

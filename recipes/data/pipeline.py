@@ -1,9 +1,10 @@
 """Batches for `model.fit` and `model.evaluate`, as tf.data datasets.
 
-What a training step sees is a function of (data set, batch size, seed, step):
-the order of an epoch and what is done to the image at each position in it come
-from stateless functions of (seed, epoch, position). So a training that was
-interrupted goes on with the very batches that it would have had.
+What a training step sees is a function of (data set, batch size, seed, step),
+and of the number of processes where they share a stream: the order of an epoch
+and what is done to the image at each position in it come from stateless
+functions of (seed, epoch, position). So a training that was interrupted goes on
+with the very batches that it would have had.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from recipes.data.host import on_host, plain, tf
 from recipes.data.image_data import ImageData, channels_first
 from recipes.data.pictures import centre_square, cut, mirror, scale
 from recipes.data.seeds import fold_in
+from recipes.data.shares import Share
 from recipes.data.synthetic import RepeatedBatch, SyntheticExamples
 
 #: Name → what pixels from 0 to 255 are multiplied with, and what is added.
@@ -76,13 +78,16 @@ def training_dataset(
         epochs: Of the whole training, from its first step on.
         augmentation: See `recipes.data.augmentation.resolve`.
         first_step: The number of steps that the training has behind it, at any
-            place in an epoch. The images of these are not read.
+            place in an epoch. The images of these are not read, but for those
+            of a stream, which are not decoded.
         input_range: Of the pixels, a key of `INPUT_RANGES`.
         one_hot: Whether labels are rows of zeros with a one, as smoothing of
             labels needs them, and not class numbers.
-        replicas: Who shares a batch. Of several processes each decodes its own
-            part of every batch, and no other image. (It reads no other file of
-            a folder; a stream of encoded images it reads as a whole.)
+        replicas: Who shares a batch. Of several processes each reads and
+            decodes its own part of every batch, and no other image. Together
+            they have the batches of one process; only a stream of encoded
+            images, where each has a share of its own that is the same in all
+            epochs, has other batches for another number of processes.
 
     Returns:
         A tf.data dataset of (images, labels): float32 in `input_range`,
@@ -96,13 +101,12 @@ def training_dataset(
     """
     kind = augmenting.resolve(augmentation, images.image_size)
     steps = steps_per_epoch(images, batch_size)
-    replicas.share(batch_size)
-    own_size = batch_size // replicas.processes
+    share = Share(batch_size, replicas)
     form = (input_range, one_hot)
     source, size = images.train, images.image_size
     if isinstance(source, SyntheticExamples):
         with on_host():
-            own = slice(replicas.process * own_size, (replicas.process + 1) * own_size)
+            own = slice(*share.own_part(batch_size))
             batch = _prepared(images, *(part[own] for part in source.draw(batch_size)), *form)
             if replicas.replicas == 1:
                 return RepeatedBatch.on_device(batch)
@@ -114,16 +118,14 @@ def training_dataset(
         epoch_seed = tf.stack([tf.constant(seed, tf.int64), epoch])
         moves = tf.random.stateless_uniform([steps * batch_size, 3], fold_in(epoch_seed, _MOVES))
         seen = tf.constant(steps_done * batch_size, tf.int64)
-        start = tf.where(epoch == first_epoch, seen, 0)
+        first = tf.where(epoch == first_epoch, seen, 0)
+        positions = share.positions(steps * batch_size, first)
         return tf.data.Dataset.zip(
-            source.shuffled(fold_in(epoch_seed, _ORDER), start),
-            tf.data.Dataset.from_tensor_slices(moves[start:]),
-            tf.data.Dataset.range(start, steps * batch_size),
+            source.shuffled(fold_in(epoch_seed, _ORDER), share, first),
+            tf.data.Dataset.from_tensor_slices(tf.gather(moves, positions)),
+            tf.data.Dataset.from_tensor_slices(positions),
             tf.data.Dataset.from_tensors(fold_in(epoch_seed, _WINDOWS)).repeat(),
         )
-
-    def is_own(example, moves, position, window_seed):
-        return position % batch_size // own_size == replicas.process
 
     def read(example, moves, position, window_seed):
         record, label = example
@@ -149,12 +151,10 @@ def training_dataset(
     with on_host():
         # Only what is cheap is done per epoch: reading does not stop at its end.
         examples = tf.data.Dataset.range(first_epoch, epochs).flat_map(plain(examples_of))
-        if replicas.processes > 1:
-            examples = examples.filter(plain(is_own))
         if source.size == (size, size) and kind != "inception":
-            batches = _map(examples.batch(own_size, drop_remainder=True), read_together)
+            batches = _map(examples.batch(share.own_size, drop_remainder=True), read_together)
         else:
-            batches = _batch(_map(examples, read), own_size, drop_remainder=True)
+            batches = _batch(_map(examples, read), share.own_size, drop_remainder=True)
         return _finish(_map(batches, augment))
 
 
@@ -177,6 +177,9 @@ def evaluation_dataset(
     with images of weight 0: weighted metrics leave them out; Keras's mean loss
     counts them as images without loss (at most `replicas - 1` of all).
 
+    Of several processes each reads its own part only: of every batch, or, of a
+    stream of encoded images, an even part of all images, in their order.
+
     Args:
         images: From `load`.
         batch_size: Images in a batch.
@@ -194,17 +197,19 @@ def evaluation_dataset(
             divide `batch_size`.
     """
     kind = augmenting.resolve(augmentation, images.image_size)
-    replicas.share(batch_size)
+    share = Share(batch_size, replicas)
     source, size = images.test, images.image_size
     window = centre_square(EVALUATION_FRACTION if kind == "inception" else 1.0)
+
+    def prepare(pictures, labels, weights):
+        batch = _prepared(images, pictures, labels, input_range, one_hot)
+        return (*batch, weights) if replicas.replicas > 1 else batch
+
     with on_host():
-        examples = source.in_order()
-        if replicas.replicas > 1:
-            examples = _shared_out(examples, source.count, batch_size, replicas)
-        own_size = batch_size // replicas.processes
+        examples = source.in_order(share)
         if source.size == (size, size) and kind != "inception":
             batches = _map(
-                examples.batch(own_size),
+                examples.batch(share.own_size),
                 lambda records, *rest: (source.read(records), *rest),
             )
         else:
@@ -212,35 +217,8 @@ def evaluation_dataset(
                 examples,
                 lambda record, *rest: (scale(cut(source.read(record), window), size), *rest),
             )
-            batches = _batch(pictures, own_size)
-        return _finish(
-            _map(
-                batches,
-                lambda pictures, labels, *weights: (
-                    *_prepared(images, pictures, labels, input_range, one_hot),
-                    *weights,
-                ),
-            )
-        )
-
-
-def _shared_out(
-    examples: tf.data.Dataset, count: int, batch_size: int, replicas: Replicas
-) -> tf.data.Dataset:
-    """This process's part of every batch, as (record, label, weight)."""
-    left = count % batch_size
-    filled = -(-left // replicas.replicas) * replicas.replicas
-
-    def is_own(position, example):
-        size = tf.where(position < count - left, batch_size, filled)
-        place = position % batch_size
-        return place * replicas.processes // tf.cast(size, tf.int64) == replicas.process
-
-    def weighted(position, example):
-        return (*example, tf.cast(position < count, tf.float32))
-
-    examples = examples.concatenate(examples.take(1).repeat(filled - left))
-    return _map(examples.enumerate().filter(plain(is_own)), weighted)
+            batches = _batch(pictures, share.own_size)
+        return _finish(_map(batches, prepare))
 
 
 def _map(dataset, function):

@@ -4,7 +4,8 @@ Each class here is one kind of place. All give their examples as a tf.data
 dataset of cheap records (an index, or encoded bytes), in their own order or in
 one that is a function of a seed, and turn a record into a picture when asked:
 so a training that goes on in the middle of an epoch passes over what it has
-seen without reading or decoding it.
+seen without reading or decoding it. Of several processes each gets the examples
+of its own share and no others.
 
 A *picture* is a uint8 tensor of shape (height, width, 3), or a string tensor
 with the bytes of a JPEG, PNG, BMP or GIF file.
@@ -13,7 +14,7 @@ with the bytes of a JPEG, PNG, BMP or GIF file.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,8 +22,11 @@ import numpy as np
 
 from recipes.data.host import on_host, plain, tf
 from recipes.data.seeds import fold_in
+from recipes.data.shares import Share, even_parts
 
-# Parts of a large set that are read in turns, see `StreamedExamples`.
+# Into how many parts a share of a large set is divided at most, and how many of
+# them are read in turns: see `StreamedExamples`.
+MAX_PIECES = 32
 PIECES_AT_A_TIME = 8
 
 
@@ -40,16 +44,29 @@ class Examples(Protocol):
         Where it is not `None`, `read` takes many records at once.
         """
 
-    def in_order(self) -> tf.data.Dataset:
-        """All examples as (record, int32 label)."""
+    def in_order(self, share: Share) -> tf.data.Dataset:
+        """One process's part of all examples, as (record, int32 label, float32 weight).
 
-    def shuffled(self, seed: tf.Tensor, start: int | tf.Tensor = 0) -> tf.data.Dataset:
-        """All examples as (record, int32 label), in an order that `seed` determines.
+        Each example is in the part of one process with weight 1. Those of weight
+        0 fill up: all parts are of one length, which the process's replicas divide.
 
         Args:
-            seed: int64, (2,); may be symbolic.
-            start: The number of examples to leave out at the beginning; may be
-                symbolic.
+            share: Of the process.
+        """
+
+    def shuffled(
+        self, seed: tf.Tensor, share: Share, first: int | tf.Tensor = 0
+    ) -> tf.data.Dataset:
+        """One process's part of an epoch, as (record, int32 label).
+
+        No example is in the parts of two processes, or twice in one. There may
+        be some more than the whole batches of the epoch take.
+
+        Args:
+            seed: It determines the order; int64, (2,); may be symbolic.
+            share: Of the process.
+            first: The position, of all processes, at which to begin: that of
+                the first image of a batch; may be symbolic.
         """
 
     def read(self, records: tf.Tensor) -> tf.Tensor:
@@ -78,18 +95,27 @@ class IndexedExamples(abc.ABC):
         """See `Examples`."""
         return None
 
-    def in_order(self) -> tf.data.Dataset:
-        """See `Examples`."""
+    def in_order(self, share: Share) -> tf.data.Dataset:
+        """See `Examples`. Batch by batch, the processes' parts are one process's batches."""
+        positions = share.positions(share.filled(self.count))
+        is_example = positions < self.count
+        own = tf.where(is_example, positions, 0)
         return tf.data.Dataset.from_tensor_slices(
-            (tf.range(self.count, dtype=tf.int64), self._labels)
+            (own, tf.gather(self._labels, own), tf.cast(is_example, tf.float32))
         )
 
-    def shuffled(self, seed: tf.Tensor, start: int | tf.Tensor = 0) -> tf.data.Dataset:
-        """See `Examples`. Every order is equally likely."""
+    def shuffled(
+        self, seed: tf.Tensor, share: Share, first: int | tf.Tensor = 0
+    ) -> tf.data.Dataset:
+        """See `Examples`. Every order is equally likely.
+
+        Batch by batch, the processes' parts are one process's batches.
+        """
         order = tf.random.experimental.stateless_shuffle(
             tf.range(self.count, dtype=tf.int64), seed=seed
-        )[start:]
-        return tf.data.Dataset.from_tensor_slices((order, tf.gather(self._labels, order)))
+        )
+        own = tf.gather(order, share.positions(share.whole(self.count), first))
+        return tf.data.Dataset.from_tensor_slices((own, tf.gather(self._labels, own)))
 
     @abc.abstractmethod
     def read(self, records: tf.Tensor) -> tf.Tensor:
@@ -161,21 +187,29 @@ class FileExamples(IndexedExamples):
 class StreamedExamples:
     """Encoded images that are read from front to back, because memory cannot hold them.
 
-    A record is a picture. The pieces are read `PIECES_AT_A_TIME` in turns, in
-    an order of their own in each epoch, and the examples pass through a
-    shuffling buffer: neighbours in one epoch come apart in the next, but not
-    every order is equally likely, as it is for `IndexedExamples`.
+    A record is a picture. Of several processes each has a share of its own, one
+    of even parts of neighbouring examples, and reads no other. It is the same
+    in all epochs: so the system can keep it in its cache of files where the
+    memory of all machines together holds the set, though that of one does not.
+
+    A share is read in pieces, `PIECES_AT_A_TIME` of them in turns, in an order
+    of their own in each epoch, and the examples pass through a shuffling
+    buffer: neighbours in one epoch come apart in the next, but not every order
+    is equally likely, as it is for `IndexedExamples`.
 
     Args:
-        whole: All examples, as (bytes, label).
-        pieces: The same examples in parts of equal length, give or take one.
+        stream: Gives the examples from one number up to another, which is not
+            among them, as (bytes, label).
         count: Number of examples.
-        shuffle_buffer: Examples in the shuffling buffer.
+        files: Number of files that they are in. There are no more pieces,
+            because one that begins within a file has to pass over the records
+            before. Where processes and pieces divide it, these are few.
+        shuffle_buffer: Examples in the shuffling buffer of a process.
     """
 
-    whole: tf.data.Dataset = field(repr=False)
-    pieces: Sequence[tf.data.Dataset] = field(repr=False)
+    stream: Callable[[int, int], tf.data.Dataset] = field(repr=False)
     count: int
+    files: int
     shuffle_buffer: int
 
     @property
@@ -183,20 +217,39 @@ class StreamedExamples:
         """See `Examples`."""
         return None
 
-    def in_order(self) -> tf.data.Dataset:
-        """See `Examples`."""
-        return self.whole.map(plain(_with_int32_label))
+    def in_order(self, share: Share) -> tf.data.Dataset:
+        """See `Examples`. A process's part is its share, and not a part of each batch."""
+        start, stop = share.own_part(self.count)
+        missing = share.filled(self.count) // share.replicas.processes - (stop - start)
+        # An example of its own, unless there are more processes than examples.
+        start_of_filling = min(start, self.count - 1)
+        filling = self.stream(start_of_filling, start_of_filling + 1).repeat(missing)
+        filling = filling.map(plain(_with_weight(0.0)))
+        if start == stop:
+            return filling
+        return self.stream(start, stop).map(plain(_with_weight(1.0))).concatenate(filling)
 
-    def shuffled(self, seed: tf.Tensor, start: int | tf.Tensor = 0) -> tf.data.Dataset:
+    def shuffled(
+        self, seed: tf.Tensor, share: Share, first: int | tf.Tensor = 0
+    ) -> tf.data.Dataset:
         """See `Examples`. What is left out is read all the same, but not decoded."""
         if tf.inside_function():
             # Dataset.shuffle mixes the global seed into its own. This one is of
             # the function's graph only; with 0, the shuffle takes no tensor.
             tf.random.set_seed(1)
+        processes, process = share.replicas.processes, share.replicas.process
+        if processes > 1:
+            # Else shares of one length would have one order, and the images
+            # that meet in a batch would meet again in every epoch.
+            seed = fold_in(seed, process)
+        start, stop = share.own_part(self.count)
+        number = max(1, min(MAX_PIECES, self.files // processes))
+        with tf.init_scope():  # Once, and not anew in every epoch.
+            pieces = [self.stream(*bounds) for bounds in even_parts(start, stop, number)]
         order = tf.random.experimental.stateless_shuffle(
-            tf.range(len(self.pieces), dtype=tf.int64), seed=seed
+            tf.range(number, dtype=tf.int64), seed=seed
         )
-        turns = -(-self.count // len(self.pieces))
+        turns = -(-(stop - start) // number)
         choices = (
             tf.data.Dataset.from_tensor_slices(order)
             .batch(PIECES_AT_A_TIME)
@@ -204,13 +257,14 @@ class StreamedExamples:
             .flat_map(plain(lambda group: tf.data.Dataset.from_tensor_slices(group).repeat(turns)))
         )
         examples = tf.data.Dataset.choose_from_datasets(
-            list(self.pieces), choices, stop_on_empty_dataset=False
+            pieces, choices, stop_on_empty_dataset=False
         )
         one_seed = fold_in(seed, 0)[0]
         shuffled = examples.shuffle(
             self.shuffle_buffer, seed=one_seed, reshuffle_each_iteration=False
         )
-        return shuffled.skip(tf.cast(start, tf.int64)).map(plain(_with_int32_label))
+        seen = tf.cast(first // processes, tf.int64)
+        return shuffled.skip(seen).map(plain(_with_int32_label))
 
     def read(self, records: tf.Tensor) -> tf.Tensor:
         """See `Examples`."""
@@ -219,3 +273,7 @@ class StreamedExamples:
 
 def _with_int32_label(picture, label):
     return picture, tf.cast(label, tf.int32)
+
+
+def _with_weight(weight):
+    return lambda picture, label: (picture, tf.cast(label, tf.int32), tf.constant(weight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,9 +21,6 @@ from recipes.data.sources import (
     PixelExamples,
     StreamedExamples,
 )
-
-# Parts of a set that is too large for the memory, each some of its files.
-_MAX_PIECES = 32
 
 
 def load_tfds(
@@ -64,7 +62,7 @@ def load_tfds(
     image_key, label_key = _supervised_keys(tfds, name, builder.info)
 
     def read(split: Any) -> Any:
-        """A dataset of (encoded image, label), or a list of them."""
+        """A dataset of (encoded image, label)."""
         return tfds.load(
             name,
             split=split,
@@ -114,12 +112,10 @@ def _sources(
         name: Of the set.
         infos: TFDS's `SplitInfo` of each split.
         image_shape: `None` where images differ.
-        read: Gives the dataset of a split, or the list of those of several.
+        read: Gives the dataset of a split.
         cache_gb: GiB of all together.
         shuffle_buffer: Examples in the shuffling buffer of what is not in memory.
     """
-    from tensorflow_datasets import even_splits
-
     left = cache_gb * 2**30
     sources: list[Examples] = []
     for info in infos:
@@ -133,9 +129,21 @@ def _sources(
             left -= info.num_bytes
             sources.append(EncodedExamples(*_all(name, info.name, read(info.name), count)))
         else:
-            pieces = read(even_splits(info.name, min(_MAX_PIECES, info.num_shards)))
-            sources.append(StreamedExamples(read(info.name), pieces, count, shuffle_buffer))
+            stream = _stream(info.name, read)
+            sources.append(StreamedExamples(stream, count, info.num_shards, shuffle_buffer))
     return sources
+
+
+def _stream(split: str, read: Callable[[Any], Any]) -> Callable[[int, int], Any]:
+    """What `StreamedExamples` reads a split with."""
+    from tensorflow_datasets.core import ReadInstruction
+
+    # It takes some hundredths of a second, and a training has many pieces.
+    @functools.cache
+    def stream(start: int, stop: int) -> Any:
+        return read(ReadInstruction(split, from_=start, to=stop, unit="abs"))
+
+    return stream
 
 
 def _check_name(tfds: Any, name: str, data_dir: str | None) -> None:

@@ -139,7 +139,8 @@ class Config:
     )
     ema_momentum: float = _setting(
         0.0,
-        "of averaged weights, which are tested and saved in place of the last; 0 for none",
+        "of moving averages, over the updates, of the weights and of batch norms' statistics; they "
+        "are tested and saved in place of the last; 0 for none",
         least=0,
         below=1,
     )

@@ -15,6 +15,7 @@ from typing import Any
 import keras
 from absl import logging
 
+from recipes.averaging import finalize_averages
 from recipes.checkpoints import (
     Checkpoint,
     Checkpoints,
@@ -128,9 +129,8 @@ def fit_from(
                 epochs=epochs,
                 **shared,
             )
-    # As `fit` does: the weights become their moving averages, where the
-    # optimizer has these.
-    model.optimizer.finalize_variable_values(model.trainable_variables)
+    # `fit` would do that for the weights alone.
+    finalize_averages(model)
     watch.end()
     return model.history
 
@@ -235,7 +235,7 @@ class _Watch(keras.callbacks.CallbackList):
     def on_test_begin(self, logs=None):
         self._put_generators_back()
         # The validation may be interrupted, when callbacks have put other
-        # weights into the model (`SwapEMAWeights`) and the metrics are its own.
+        # values into the model (`SwapAverages`) and the metrics are its own.
         self._before_test = None
         if self._interruption is not None:
             self._before_test = self._snapshot(metrics_values(self.model))

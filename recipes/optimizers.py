@@ -44,7 +44,7 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> keras.Optimizer:
     if config.gradient_accumulation > 1:
         arguments["gradient_accumulation_steps"] = config.gradient_accumulation
     if config.ema_momentum:
-        arguments |= {"use_ema": True, "ema_momentum": config.ema_momentum}
+        arguments |= {"use_ema": True, "ema_momentum": average_momentum(config)}
     if config.optimizer == "sgd":
         optimizer = keras.optimizers.SGD(nesterov=True, **arguments)
     else:
@@ -52,6 +52,15 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> keras.Optimizer:
     if config.weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
+
+
+def average_momentum(config: Config) -> float:
+    """What one batch leaves of an average, so that an update leaves `config.ema_momentum`.
+
+    Keras averages the weights after every batch, whether it has updated them
+    or not, as batch norms move their statistics with every batch.
+    """
+    return config.ema_momentum ** (1 / config.gradient_accumulation)
 
 
 def learning_rate(
@@ -101,11 +110,9 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step: Any) -> Any:
         step = ops.cast(step, "float32")
-        after = (
-            self.after(ops.maximum(step - self.updates, 0))
-            if callable(self.after)
-            else (self.after)
-        )
+        after = self.after
+        if callable(after):
+            after = after(ops.maximum(step - self.updates, 0))
         return ops.where(step < self.updates, self.peak * (step + 1) / self.updates, after)
 
     def get_config(self) -> dict[str, Any]:

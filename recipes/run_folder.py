@@ -12,8 +12,8 @@ import shutil
 from diagconv_tf import files
 from recipes.config import Config
 
-#: Settings that do not decide what is computed: they may differ from the
-#: interrupted run's.
+#: Settings that do not decide what is computed, but for rounding: they may differ
+#: from the interrupted run's, so that it can go on where there are fewer devices.
 _MAY_DIFFER = (
     "data_dir",
     "download",
@@ -22,12 +22,13 @@ _MAY_DIFFER = (
     "output_dir",
     "profile",
     "checkpoint_epochs",
-    "cache_gb",
     "max_steps",
+    "distribution",
+    "cpu_devices",
 )
 
 #: Settings that each of several processes may have for itself.
-_OF_A_MACHINE = ("data_dir", "download", "cache_gb")
+_OF_A_MACHINE = ("data_dir", "download")
 
 
 def shared_settings(config: Config) -> str:

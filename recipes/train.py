@@ -24,6 +24,12 @@ from absl import app, flags, logging
 from diagconv_tf import StepTimer, export, files, inspect_model, restore
 from recipes import config as config_module
 from recipes import data, models, processes
+from recipes.averaging import (
+    SwapAverages,
+    average_statistics,
+    finalize_averages,
+    stop_averaging,
+)
 from recipes.checkpoints import Checkpoints
 from recipes.config import (
     BUILT_IN,
@@ -43,7 +49,7 @@ from recipes.interruption import (
     NonFiniteLossError,
     TrainingInterrupted,
 )
-from recipes.optimizers import compile_model
+from recipes.optimizers import average_momentum, compile_model
 from recipes.profiling import Profile
 from recipes.recording import MetricsLog, StopAfter, TensorBoardLog
 from recipes.report import RunReport, VariantResult, environment
@@ -186,6 +192,8 @@ def train_variant(
 
     # The same start for all.
     model = build_model(config, images, distribution)
+    if config.ema_momentum:
+        average_statistics(model, average_momentum(config))
     compile_model(model, config, steps_per_epoch)
     plan = variant.apply(model, config)
     if plan is not None and is_first:
@@ -201,8 +209,9 @@ def train_variant(
         raise RecipeError(str(error)) from error
     is_done = others.from_first("done" if start and result_file.exists() else "")
     if is_done:
-        # As at the end of `fit`: the weights become their moving averages, if there are any.
-        model.optimizer.finalize_variable_values(model.trainable_variables)
+        # As at the end of `fit_from`.
+        finalize_averages(model)
+        stop_averaging(model)
         return model, VariantResult.from_json(result_file.read_text())
     progress = Progress()
     if is_first:
@@ -223,7 +232,7 @@ def train_variant(
         log = MetricsLog(variant.name, file, progress, start.record if start else {})
         callbacks: list[keras.callbacks.Callback] = [timer, log]
         if config.ema_momentum:
-            callbacks.append(keras.callbacks.SwapEMAWeights())
+            callbacks.append(SwapAverages())
         if keras.backend.backend() == "tensorflow" and is_first:
             events = folder / "tensorboard" / variant.file_name
             callbacks.append(TensorBoardLog(events, timer))
@@ -256,6 +265,8 @@ def train_variant(
         ),
         choice=plan.reason if plan is not None else "",
     )
+    # Not before the step without input has been timed: it would be compiled again.
+    stop_averaging(model)
     if is_first:
         result_file.parent.mkdir(exist_ok=True)
         files.write_text(result_file, result.to_json())

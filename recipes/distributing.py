@@ -60,6 +60,12 @@ class Distribution:
                     "Expected --jit_compile=auto or off with --distribution=data_parallel: "
                     "TensorFlow cannot compile a step of several replicas with XLA. Received: on"
                 )
+            if config.gradient_accumulation > 1:
+                raise ValueError(
+                    "Expected --gradient_accumulation=1 with --distribution=data_parallel: Keras's "
+                    "optimizers cannot accumulate under a strategy of TensorFlow; the JAX backend "
+                    f"can. Received: {config.gradient_accumulation}"
+                )
             kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
             devices = [device.name for device in tf.config.list_logical_devices(kind)]
             strategy: Any = tf.distribute.MirroredStrategy(devices)

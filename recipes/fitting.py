@@ -231,6 +231,9 @@ class _Watch(keras.callbacks.CallbackList):
             self._check_loss(logs)
         if asked:
             self.stop_if_asked(self._snapshot(metrics_values(self.model)))
+        elif self._model.stop_training:
+            # A callback ends the training here; with others it may go on some day.
+            self._save(self._snapshot(metrics_values(self.model)))
 
     def on_test_begin(self, logs=None):
         self._put_generators_back()
@@ -256,7 +259,7 @@ class _Watch(keras.callbacks.CallbackList):
                 f"{missing} fewer"
             )
         if missing:
-            return  # A callback has stopped the training: it does not go on from here.
+            return  # A callback has stopped the training, whose last step is saved.
         self._position = (step, epoch + 1)
         is_last = epoch + 1 == self._epochs or self._model.stop_training
         if self._asked() or is_last or (epoch + 1) % self._save_every == 0:

@@ -92,16 +92,18 @@ class Progress:
     test_accuracies: tuple[float, ...] = ()
 
 
-def progress_until(path: pathlib.Path, variant: str, steps: int) -> Progress:
+def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) -> Progress:
     """What `metrics.jsonl` has of a variant's first `steps` steps.
 
     What it has of later ones is removed: they came after the last checkpoint
-    and will be made again.
+    and will be made again. So is the test in the middle of an epoch with which a
+    trial of some steps ended.
 
     Args:
         path: of `metrics.jsonl`; it need not exist.
         variant: a name.
         steps: those before the checkpoint.
+        epochs: those finished before it.
 
     Raises:
         ValueError: if there are fewer: the file is not that of the checkpoint.
@@ -119,6 +121,8 @@ def progress_until(path: pathlib.Path, variant: str, steps: int) -> Progress:
                 continue
             if event["event"] == "step":
                 losses.append(event["loss"])
+            elif event["epoch"] >= epochs:
+                continue
             else:
                 accuracies.append(event["val_accuracy"])
         kept.append(line)

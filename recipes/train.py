@@ -131,9 +131,6 @@ def run_recipe(
     exported = ""
     if distribution.is_first:
         files.write_aside(folder / "model.keras", without_training_state(restored).save)
-        if distribution.strategy is not None:
-            # On one device again, as it will be served.
-            restored = keras.saving.load_model(folder / "model.keras", compile=False)
         exported = export_model(restored, folder)
     report = RunReport(
         config,
@@ -183,9 +180,10 @@ def train_variant(
     """
     others, is_first = distribution.processes, distribution.is_first
     steps_per_epoch = data.steps_per_epoch(images, config.batch_size)
-    epochs = config.epochs
+    steps = config.epochs * steps_per_epoch
     if config.max_steps is not None:
-        epochs = min(epochs, -(-config.max_steps // steps_per_epoch))
+        steps = min(steps, config.max_steps)
+    epochs = -(-steps // steps_per_epoch)
     result_file = folder / "results" / f"{variant.file_name}.json"
     metrics_file = folder / "metrics.jsonl" if is_first else pathlib.Path(os.devnull)
     checkpoints = Checkpoints(folder / "checkpoints" / variant.file_name)
@@ -202,12 +200,14 @@ def train_variant(
     # The same dropout for all: on PyTorch it has no generator of its own.
     keras.utils.set_random_seed(config.seed)
     start = checkpoints.restore(model)
+    steps_done = start.step if start else 0
     try:
         others.agree("lowering or plan", plan.to_json() if plan else str(variant.lowering))
-        others.agree(f"checkpoint in {folder}", str(start.step if start else 0))
+        others.agree(f"checkpoint in {folder}", str(steps_done))
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    is_done = others.from_first("done" if start and result_file.exists() else "")
+    # One that was ended by a lower `max_steps` has a result too, and goes on.
+    is_done = others.from_first("done" if steps_done >= steps and result_file.exists() else "")
     if is_done:
         # As at the end of `fit_from`.
         finalize_averages(model)
@@ -215,7 +215,9 @@ def train_variant(
         return model, VariantResult.from_json(result_file.read_text())
     progress = Progress()
     if is_first:
-        progress = progress_until(metrics_file, variant.name, start.step if start else 0)
+        progress = progress_until(
+            metrics_file, variant.name, steps_done, start.epochs if start else 0
+        )
 
     logging.info(
         "Training %s (%s): %d epochs of %d steps with %d images, from step %d",
@@ -224,7 +226,7 @@ def train_variant(
         epochs,
         steps_per_epoch,
         config.batch_size,
-        start.step if start else 0,
+        steps_done,
     )
     with metrics_file.open("a") as file, others.interruption() as interruption:
         # The timer comes first, so that it does not time the others.
@@ -237,7 +239,8 @@ def train_variant(
             events = folder / "tensorboard" / variant.file_name
             callbacks.append(TensorBoardLog(events, timer))
         if config.max_steps is not None:
-            callbacks.append(StopAfter(config.max_steps - len(progress.losses)))
+            # One, where the test after the last step is all that is missing.
+            callbacks.append(StopAfter(max(1, steps - steps_done)))
         if config.profile and is_first:
             callbacks.append(Profile(folder / "profile" / variant.file_name))
         fit_from(
@@ -291,7 +294,7 @@ def training_data(
 
 
 def evaluation_data(config: Config, images: data.ImageData, distribution: Distribution) -> Any:
-    """All test images in their order."""
+    """All test images, or this process's part of them."""
     return data.evaluation_dataset(
         images,
         config.batch_size,

@@ -186,6 +186,12 @@ def test_strategies_and_xla_are_refused_together():
         Distribution.start(Config(distribution="data_parallel", jit_compile="on"))
 
 
+@pytest.mark.backends("tensorflow")
+def test_strategies_and_accumulation_are_refused_together():
+    with pytest.raises(ValueError, match="--gradient_accumulation=1.*Received: 4"):
+        Distribution.start(Config(distribution="data_parallel", gradient_accumulation=4))
+
+
 def test_processes_need_a_distribution():
     with pytest.raises(ValueError, match="--distribution=data_parallel for several processes"):
         Distribution.start(Config(), Processes(1, 2))

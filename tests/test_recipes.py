@@ -486,6 +486,21 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_trial_goes_on(tmp_path, monkeypatch):
+    config = small(monkeypatch, tmp_path, compare=("stock", "shifted"), epochs=2)
+    whole = train.run_recipe(dataclasses.replace(config, name="whole"), verbose=0)
+    trial = dataclasses.replace(config, name="trial", max_steps=2)
+    short = train.run_recipe(trial, verbose=0)
+    assert [len(v.losses) for v in short.variants] == [2, 2]
+    again = train.run_recipe(dataclasses.replace(trial, resume=True), verbose=0)
+    assert again.variants == short.variants
+    resumed = train.run_recipe(dataclasses.replace(trial, resume=True, max_steps=None), verbose=0)
+    assert [v.losses for v in resumed.variants] == [v.losses for v in whole.variants]
+    assert [v.test_accuracies for v in resumed.variants] == [
+        v.test_accuracies for v in whole.variants
+    ]
+
+
 def test_variants_have_files_of_their_own(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -566,22 +581,42 @@ def summary():
 
 def test_progress_is_read_up_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert progress_until(path, "a", 0) == Progress()
+    assert progress_until(path, "a", 0, 0) == Progress()
     events = [
         {"event": "step", "variant": "a", "step": 1, "loss": 3.0},
         {"event": "step", "variant": "a", "step": 2, "loss": 2.0},
-        {"event": "epoch", "variant": "a", "step": 2, "val_accuracy": 0.5},
+        {"event": "epoch", "variant": "a", "step": 2, "epoch": 0, "val_accuracy": 0.5},
         {"event": "step", "variant": "b", "step": 1, "loss": 7.0},
         {"event": "step", "variant": "a", "step": 3, "loss": 1.0},
     ]
     text = "\n".join(map(json.dumps, events)) + '\n{"event": "st'
     path.write_text(text)
-    assert progress_until(path, "a", 2) == Progress((3.0, 2.0), (0.5,))
+    assert progress_until(path, "a", 2, 1) == Progress((3.0, 2.0), (0.5,))
     assert path.read_text().splitlines() == text.splitlines()[:4]
     with pytest.raises(ValueError, match="losses of the 3 steps.*Received: 2"):
-        progress_until(path, "a", 3)
-    assert progress_until(path, "a", 0) == Progress()
+        progress_until(path, "a", 3, 1)
+    assert progress_until(path, "a", 0, 0) == Progress()
     assert path.read_text().splitlines() == text.splitlines()[3:4]
+
+
+def test_a_test_within_an_epoch_is_no_progress(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    step = {"event": "step", "variant": "a", "step": 1, "loss": 3.0}
+    epoch = {"event": "epoch", "variant": "a", "step": 1, "epoch": 0, "val_accuracy": 0.5}
+    path.write_text(f"{json.dumps(step)}\n{json.dumps(epoch)}")
+    assert progress_until(path, "a", 1, 0) == Progress((3.0,), ())
+    assert path.read_text().splitlines() == [json.dumps(step)]
+
+
+def test_a_run_goes_on_with_other_devices_but_no_other_settings(tmp_path):
+    config = Config(name="a", output_dir=str(tmp_path))
+    folder = open_run_folder(config)
+    resumed = dataclasses.replace(config, resume=True, distribution="data_parallel", cpu_devices=2)
+    assert open_run_folder(resumed) == folder
+    for name, value in (("cache_gb", 1.0), ("batch_size", 7)):
+        other = dataclasses.replace(resumed, **{name: value})
+        with pytest.raises(ValueError, match=f"{name} was .*, is {value}"):
+            open_run_folder(other)
 
 
 def test_results_are_not_overwritten_unasked(tmp_path):

@@ -232,17 +232,11 @@ def train_variant(
         # The timer comes first, so that it does not time the others.
         timer = StepTimer()
         log = MetricsLog(variant.name, file, progress, start.record if start else {})
-        callbacks: list[keras.callbacks.Callback] = [timer, log]
-        if config.ema_momentum:
-            callbacks.append(SwapAverages())
-        if keras.backend.backend() == "tensorflow" and is_first:
-            events = folder / "tensorboard" / variant.file_name
-            callbacks.append(TensorBoardLog(events, timer))
+        callbacks = [timer, log]
         if config.max_steps is not None:
             # One, where the test after the last step is all that is missing.
             callbacks.append(StopAfter(max(1, steps - steps_done)))
-        if config.profile and is_first:
-            callbacks.append(Profile(folder / "profile" / variant.file_name))
+        callbacks += optional_callbacks(config, variant, folder, timer, is_first)
         fit_from(
             model,
             start,
@@ -274,6 +268,21 @@ def train_variant(
         result_file.parent.mkdir(exist_ok=True)
         files.write_text(result_file, result.to_json())
     return model, result
+
+
+def optional_callbacks(
+    config: Config, variant: Variant, folder: pathlib.Path, timer: StepTimer, is_first: bool
+) -> list[keras.callbacks.Callback]:
+    """What `config` asks for, and TensorBoard's events where they can be written."""
+    callbacks: list[keras.callbacks.Callback] = []
+    if config.ema_momentum:
+        callbacks.append(SwapAverages())
+    if keras.backend.backend() == "tensorflow" and is_first:
+        events = folder / "tensorboard" / variant.file_name
+        callbacks.append(TensorBoardLog(events, timer))
+    if config.profile and is_first:
+        callbacks.append(Profile(folder / "profile" / variant.file_name))
+    return callbacks
 
 
 def training_data(

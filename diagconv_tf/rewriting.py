@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import keras
 from absl import logging
 
+from diagconv_tf import step_functions
 from diagconv_tf.copying import copy_model
 from diagconv_tf.distribution import batch_axis, replicas_of
 from diagconv_tf.inspection import (
@@ -178,11 +179,9 @@ def _renew_compiled_functions(model: keras.Model) -> None:
     """Lets Keras compile again what it has compiled with the old layers."""
     models = [place.layer for place in place_layers(model)]
     for candidate in (model, *models):
-        for kind in ("train", "test", "predict"):
+        for kind in step_functions.KINDS:
             if getattr(candidate, f"{kind}_function", None) is not None:
-                # JAX finds compiled programs by equal functions, while one lives.
-                setattr(candidate, f"{kind}_function", None)
-                getattr(candidate, f"make_{kind}_function")(force=True)
+                step_functions.renew(candidate, kind)
 
 
 def _select(

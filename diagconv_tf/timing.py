@@ -125,6 +125,7 @@ def time_interleaved(
     *,
     rounds: int = 20,
     warmup: int = 1,
+    calls: int = 1,
     budget_seconds: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timings]:
@@ -145,6 +146,10 @@ def time_interleaved(
             only what a function returns is waited for.
         rounds: Integer, at least 1: samples per function.
         warmup: Integer, at least 0.
+        calls: Integer, at least 1: calls one after another that a sample is the
+            mean of. The device is waited for after the last: so a GPU need not
+            wait for the host between them, as it does not in training. It must
+            run them in their order.
         budget_seconds: Float or `None`. Once it is used up, first calls
             included, the measuring ends with the round. One round is always
             kept, and all functions keep the same number of samples.
@@ -165,6 +170,7 @@ def time_interleaved(
             )
     check_whole_number("rounds", rounds, least=1)
     check_whole_number("warmup", warmup, least=0)
+    check_whole_number("calls", calls, least=1)
     if budget_seconds is not None and not budget_seconds > 0:
         raise ValueError(
             "Argument `budget_seconds` must be above 0 or None. "
@@ -177,25 +183,25 @@ def time_interleaved(
     errors: dict[str, Exception] = {}
     samples: dict[str, list[float]] = {name: [] for name in functions}
 
-    def run_round(number: int, keep: Callable[[str, float], Any]) -> None:
+    def run_round(number: int, calls: int, keep: Callable[[str, float], Any]) -> None:
         for name in _rotated(list(functions), number):
             if name in errors:
                 continue
             try:
-                keep(name, _time_once(functions[name], clock))
+                keep(name, _time(functions[name], calls, clock))
             except Exception as error:
                 errors[name] = error.with_traceback(None)
 
     def budget_left() -> bool:
         return budget_seconds is None or clock() - start < budget_seconds
 
-    run_round(0, first.__setitem__)
+    run_round(0, 1, first.__setitem__)
     for number in range(warmup):
         if budget_left():
-            run_round(number, lambda name, seconds: None)
+            run_round(number, calls, lambda name, seconds: None)
     for number in range(rounds):
         if number == 0 or budget_left():
-            run_round(number, lambda name, seconds: samples[name].append(seconds))
+            run_round(number, calls, lambda name, seconds: samples[name].append(seconds))
 
     return {
         name: Timings(
@@ -212,13 +218,14 @@ def _rotated(names: list[str], number: int) -> list[str]:
     return names[shift:] + names[:shift]
 
 
-def _time_once(function: Callable[[], Any], clock: Callable[[], float]) -> float:
+def _time(function: Callable[[], Any], calls: int, clock: Callable[[], float]) -> float:
     start = clock()
-    # The name keeps the value alive past the second reading, so that freeing
-    # its memory is not timed.
-    value = function()
+    for _ in range(calls):
+        # The name keeps the last value alive past the second reading, so that
+        # freeing its memory is not timed.
+        value = function()
     synchronize(value)
-    return clock() - start
+    return (clock() - start) / calls
 
 
 def percentile(samples, percent: float) -> float | None:

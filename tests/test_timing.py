@@ -1,5 +1,6 @@
 """Laws of the one clock, with a fake clock wherever time itself is not the point."""
 
+import itertools
 import time
 
 import keras
@@ -96,9 +97,31 @@ def test_wait_for_the_device_is_part_of_the_time(monkeypatch):
     assert waited_for == [None, "value", "value", "value"]
 
 
+def test_the_device_is_waited_for_after_the_last_call_of_a_sample(monkeypatch):
+    clock = FakeClock()
+    waited_for = []
+
+    def wait(value=None):
+        waited_for.append(value)
+        clock.advance(4.0)
+
+    monkeypatch.setattr(timing, "synchronize", wait)
+    values = itertools.count()
+
+    def function():
+        clock.advance(1.0)
+        return next(values)
+
+    results = time_interleaved({"a": function}, rounds=2, warmup=0, calls=4, clock=clock)
+    assert results["a"].first_seconds == 5.0
+    assert results["a"].samples == (2.0, 2.0)
+    assert waited_for == [None, 0, 4, 8]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"calls": 0}, "`calls` must be"),
         ({"rounds": 0}, "`rounds` must be an integer of at least 1. Received: rounds=0"),
         ({"warmup": -1}, "`warmup` must be"),
         ({"budget_seconds": 0}, "`budget_seconds` must be above 0"),

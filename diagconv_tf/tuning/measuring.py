@@ -29,6 +29,10 @@ ROUNDS = 15
 #: The rounds of one pass end after so many seconds (but not before the first).
 ROUNDS_SECONDS = 1.0
 
+#: Calls in a sample where the device is none of the host's own: it takes 5 to 500
+#: microseconds for one, and the host about as long to start it and to wait for it.
+CALLS_ON_DEVICE = 20
+
 #: What takes so many times as long as the best in its first samples is dropped.
 DROP_ABOVE = 3.0
 
@@ -112,7 +116,8 @@ class ProblemBench:
         results: dict[str, Any] = {}
         functions = {name: self._function(name, pass_name, self._tensors) for name in names}
         keeping = {name: _keeping(results, name, functions[name]) for name in names}
-        first = first_samples(keeping, self.clock)
+        calls = 1 if self.conditions.device_kind == "cpu" else CALLS_ON_DEVICE
+        first = first_samples(keeping, self.clock, calls)
         measured = {name: Measured.from_timings(timings) for name, timings in first.items()}
         measured.update(self._wrong(pass_name, results, measured))
         results.clear()  # All candidates' results together take memory.
@@ -123,6 +128,7 @@ class ProblemBench:
                 {name: functions[name] for name in left},
                 rounds=rounds,
                 warmup=0,
+                calls=calls,
                 budget_seconds=seconds,
                 clock=self.clock,
             )

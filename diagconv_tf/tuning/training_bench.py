@@ -18,6 +18,7 @@ from typing import Any
 import keras
 from absl import logging
 
+from diagconv_tf import step_functions
 from diagconv_tf.copying import copy_model
 from diagconv_tf.inspection import STOCK
 from diagconv_tf.layer_classes import LayerState, become
@@ -25,7 +26,9 @@ from diagconv_tf.lowerings import LoweringLike
 from diagconv_tf.measurements import Measured
 from diagconv_tf.model_tree import place_layers
 from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
+from diagconv_tf.spec import Conditions
 from diagconv_tf.timing import time_interleaved
+from diagconv_tf.training_steps import TrainingSteps
 from diagconv_tf.tuning.pruning import first_samples
 from diagconv_tf.tuning.sample_batch import sample_batch
 
@@ -37,6 +40,10 @@ ROUNDS = 11
 
 #: The timed rounds end after so many seconds (but not before the first).
 ROUNDS_SECONDS = 30.0
+
+#: Steps in a sample where the device is none of the host's own: as in `fit`, the
+#: host is ahead of it.
+STEPS_ON_DEVICE = 5
 
 #: A variant whose first timed steps took so many times as long as the best
 #: other's is dropped; stock is not.
@@ -84,6 +91,11 @@ class TrainingBench:
         # Of several steps in one execution, time is the multiple.
         self.model.steps_per_execution = 1
         self.batch = sample_batch(self.model, batch_size, data)
+        self._steps = TrainingSteps(
+            self.model, self.batch.x, self.batch.y, self.batch.sample_weight
+        )
+        on_host = Conditions.current().device_kind == "cpu"
+        self._calls = 1 if on_host else STEPS_ON_DEVICE
         self._layers = {
             place.path: (place.layer, find_rule(place.layer, rules))
             for place in place_layers(self.model)
@@ -102,9 +114,9 @@ class TrainingBench:
             become(layer, rule, variant.get(path, STOCK))
             for path, (layer, rule) in self._layers.items()
         ]
-        self._make_train_function()
+        step_functions.renew(self.model, "train")
         self._variants[name] = _Compiled(states, self.model.train_function)
-        timings = first_samples({name: lambda: self._step(name)}, self.clock)[name]
+        timings = first_samples({name: lambda: self._step(name)}, self.clock, self._calls)[name]
         self.first[name] = Measured.from_timings(timings)
         return self.first[name]
 
@@ -124,6 +136,7 @@ class TrainingBench:
                 {name: (lambda name=name: self._step(name)) for name in left},
                 rounds=rounds,
                 warmup=0,
+                calls=self._calls,
                 budget_seconds=seconds,
                 clock=self.clock,
             )
@@ -132,27 +145,12 @@ class TrainingBench:
                 measured[name] = Measured.from_timings(timings[name], first_seconds)
         return measured
 
-    def _make_train_function(self) -> None:
-        train_step = self.model.train_step
-
-        # JAX finds what it has compiled by the function: it must be another one
-        # each time, or all variants would run the first one's program.
-        def step_of_variant(*args: Any, **kwargs: Any) -> Any:
-            return train_step(*args, **kwargs)
-
-        vars(self.model)["train_step"] = step_of_variant
-        try:
-            self.model.make_train_function(force=True)
-        finally:
-            del vars(self.model)["train_step"]
-
     def _step(self, name: str) -> Any:
         variant = self._variants[name]
         for state in variant.states:
             state.set()
         self.model.train_function = variant.train_function
-        batch = self.batch
-        return self.model.train_on_batch(batch.x, batch.y, batch.sample_weight)
+        return self._steps.run()
 
 
 @dataclasses.dataclass(frozen=True)

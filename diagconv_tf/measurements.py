@@ -11,6 +11,9 @@ from diagconv_tf.lowerings import LoweringLike
 from diagconv_tf.spec import ConvSpec
 from diagconv_tf.timing import Timings
 
+#: How the error of a candidate begins that computed something else.
+WRONG_NUMBERS = "wrong numbers"
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
@@ -82,6 +85,14 @@ class Measured:
     def ok(self) -> bool:
         """Whether there is a time."""
         return self.error is None and self.median is not None
+
+    @property
+    def lasts(self) -> bool:
+        """Whether another try would give the same: a time, or numbers that are wrong.
+
+        Other errors may pass, such as want of memory that another process had.
+        """
+        return self.ok or (self.error or "").startswith(WRONG_NUMBERS)
 
     @property
     def half_spread(self) -> float:

@@ -124,10 +124,8 @@ class Plan:
             fields = json.loads(text)
             if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
                 raise ValueError(f'expected an object with "format": {_FORMAT}')
-            conditions = fields["conditions"]
-            conditions["versions"] = tuple(map(tuple, conditions["versions"]))
             return cls(
-                conditions=Conditions(**conditions),
+                conditions=Conditions.from_dict(fields["conditions"]),
                 lowerings={
                     ConvSpec.from_dict(entry["spec"]): entry["lowering"]
                     for entry in fields["lowerings"]

@@ -11,16 +11,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
-import platform
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import keras
 
+from diagconv_tf.cpu_name import cpu_name
+
 Pass = Literal["forward", "input_gradient", "kernel_gradient"]
 PASSES: tuple[Pass, ...] = ("forward", "input_gradient", "kernel_gradient")
 
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+#: Attributes of `Conditions` that are tuples of pairs.
+_PAIRS = ("versions", "numeric_mode")
 
 
 def same_padding(size: Any, kernel_size: int, stride: int, dilation: int) -> tuple:
@@ -290,6 +294,8 @@ class Conditions:
         versions: `((package, version), …)` of what computes.
         replicas: among how many a batch is divided; times are those of one
             with its share.
+        numeric_mode: `((setting, value), …)` of what the process has switched
+            for its device, such as TensorFloat-32; see `Backend.numeric_mode`.
     """
 
     backend: str
@@ -298,47 +304,64 @@ class Conditions:
     compiled: bool | None
     versions: tuple[tuple[str, str], ...]
     replicas: int = 1
+    numeric_mode: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def current(cls, compiled: bool | None = None, replicas: int = 1) -> Conditions:
         """The conditions of this process, on the device Keras would use.
 
         Args:
-            compiled: whether the training step is compiled. JAX always
-                compiles; elsewhere it is the caller who knows.
+            compiled: whether the training step is compiled. Where nobody
+                says, JAX compiles; elsewhere it is not known.
             replicas: among how many a batch will be divided; see
                 `distribution.replicas_of`.
         """
         from diagconv_tf import backends
 
         backend = keras.backend.backend()
-        kind, name = backends.current().default_device()
+        current = backends.current()
+        kind, name = current.default_device()
         packages = {"tensorflow": ("tensorflow",), "jax": ("jax", "jaxlib"), "torch": ("torch",)}
         return cls(
             backend=backend,
             device_kind=kind,
-            device_name=name or platform.processor() or platform.machine(),
-            compiled=True if backend == "jax" else compiled,
+            device_name=name or cpu_name(),
+            compiled=True if compiled is None and backend == "jax" else compiled,
             versions=tuple(
                 (package, importlib.metadata.version(package))
                 for package in ("keras", *packages[backend])
             ),
             replicas=replicas,
+            numeric_mode=current.numeric_mode(),
         )
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Conditions:
+        """The conditions whose attributes are `fields`, in JSON's types.
+
+        Raises:
+            TypeError: if they are not those of conditions.
+        """
+        pairs = {name: tuple(map(tuple, value)) for name, value in fields.items() if name in _PAIRS}
+        return cls(**{**fields, **pairs})
+
     def differences(self, other: Conditions) -> list[str]:
-        """What differs in `other`, in words; `compiled` only where both know it."""
+        """What differs in `other`, in words.
+
+        `compiled`, and the settings of `numeric_mode`, only where both know them.
+        """
         found = []
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if mine == theirs or (field.name == "compiled" and None in (mine, theirs)):
                 continue
-            if field.name == "versions":
+            if field.name in _PAIRS:
                 ours, others = dict(mine), dict(theirs)
                 found += [
-                    f"{package} {ours.get(package)} → {others.get(package)}"
-                    for package in {**ours, **others}
-                    if ours.get(package) != others.get(package)
+                    f"{name} {ours.get(name)} → {others.get(name)}"
+                    for name in {**ours, **others}
+                    if ours.get(name) != others.get(name)
+                    and (field.name == "versions" or (name in ours and name in others))
                 ]
             else:
                 found.append(f"{field.name} {mine} → {theirs}")

@@ -113,6 +113,14 @@ def test_refusals(run, lab, tmp_path, line, code, words):
     assert not (tmp_path / "a.json").exists()
 
 
+@pytest.mark.backends("jax")
+def test_jax_that_does_not_compile_is_one_line(run, lab):
+    code, out, err = run("tune model.keras --batch_size=2 --out=@/a.json --jit_compile=false")
+    assert (code, out) == (1, "")
+    assert "Received: jit_compile=False" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("command", ["tune", "cache"])
 def test_help_shows_examples(run, command):
     code, out, _ = run(f"{command} --help")

@@ -13,6 +13,7 @@ from diagconv_tf import DiagonalwiseConv2D, DiagonalwiseDepthwiseConv2D, Diagona
 from diagconv_tf.exporting import ExportError, ExportReport, comparing, export, exporter
 from diagconv_tf.exporting.base import Requirement
 from diagconv_tf.exporting.native import counted_depthwise_calls, native_convolutions
+from diagconv_tf.exporting.saved_model import SavedModel
 
 BACKEND = keras.backend.backend()
 SUFFIXES = {"tf_saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
@@ -257,6 +258,78 @@ def test_the_model_is_as_before():
         raise KeyboardInterrupt
     assert len(calls) == 4  # Nothing is known of what `Mine` computes.
     assert state() == before
+
+
+def test_a_call_of_the_layers_own_stays():
+    model = tiny()
+    layer = model.layers[0]
+    own_call = functools.partial(layer.call)
+    layer.call = own_call
+    with counted_depthwise_calls(model) as calls:
+        model(np.ones((1, 8, 8, 2)))
+    assert len(calls) == 1
+    assert layer.call is own_call
+
+
+class Probe(keras.layers.Layer):
+    """Writes down what is switched while it runs."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read, self.seen = read, []
+
+    def call(self, x):
+        self.seen.append(self.read())
+        return x
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_keras_is_run_without_tf32_and_with_all_else(monkeypatch, precision):
+    import torch
+
+    cudnn = torch.backends.cudnn
+
+    def switches():
+        others = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
+        return others, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before = switches()
+        probe = Probe(switches)
+        model = keras.Sequential([keras.Input((2,)), probe])
+        probe.seen.clear()
+        comparing.run_keras(model, np.ones((1, 2)))
+        assert probe.seen == [(before[0], False, "highest")]
+        assert switches() == before == ((True, True, False), True, precision)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.parametrize("before", [True, False])
+def test_saved_models_are_run_without_tf32(monkeypatch, before):
+    tf = pytest.importorskip("tensorflow")
+    switch = tf.config.experimental
+    seen = []
+
+    class Loaded:
+        def serve(self, inputs):
+            seen.append(switch.tensor_float_32_execution_enabled())
+            return [inputs]
+
+    monkeypatch.setattr(tf.saved_model, "load", lambda path: Loaded())
+    usual = switch.tensor_float_32_execution_enabled()
+    try:
+        switch.enable_tensor_float_32_execution(before)
+        run, _ = SavedModel().load("path")
+        run(np.ones(2), None)
+        assert switch.tensor_float_32_execution_enabled() is before
+    finally:
+        switch.enable_tensor_float_32_execution(usual)
+    assert seen == [False]
 
 
 @pytest.mark.backends("tensorflow")

@@ -131,8 +131,12 @@ def test_a_copy_of_a_rewritten_composite_keeps_its_lowerings():
     assert sorted(layer.lowering for layer in ours(model)) == ["dense"] + 3 * ["shifted"]
 
 
-def test_compiled_functions_are_renewed(monkeypatch):
-    """What fit, evaluate and predict compiled with the old layers is not used again."""
+@pytest.mark.parametrize("kept", [False, True])
+def test_compiled_functions_are_renewed(monkeypatch, kept):
+    """What fit, evaluate and predict compiled with the old layers is not used again.
+
+    Not even where somebody keeps it, as the traceback of an interrupted `fit` does.
+    """
     model = model_zoo.skip_connections()
     inputs = model_zoo.random_inputs(model)
     targets = model_zoo.random_targets(model, inputs)
@@ -155,7 +159,11 @@ def test_compiled_functions_are_renewed(monkeypatch):
             function()
         return len(calls)
 
+    def functions():
+        return [getattr(model, f"{kind}_function") for kind in ("train", "test", "predict")]
+
     run()
+    alive = functions() if kept else []
     rewrite(model, "shifted", in_place=True)
     # Each of the three traces, or on PyTorch runs, both layers.
     for function in (
@@ -164,8 +172,35 @@ def test_compiled_functions_are_renewed(monkeypatch):
         lambda: model.fit(inputs, targets, verbose=0),
     ):
         assert traced(function) >= 2
+    alive += functions() if kept else []
     restore(model, in_place=True)
     assert traced(run) == 0
+
+
+def test_a_models_own_step_stays_and_is_the_one_that_runs():
+    """A step that somebody gave to the model itself; and no copy has one of ours."""
+    model = model_zoo.skip_connections()
+    inputs = model_zoo.random_inputs(model)
+    targets = model_zoo.random_targets(model, inputs)
+    model.compile("sgd", "mse")
+    calls = []
+
+    def own_step(*args, step=model.train_step):
+        calls.append("own")
+        return step(*args)
+
+    vars(model)["train_step"] = own_step
+    model.fit(inputs, targets, verbose=0)
+    before = set(vars(model))
+    for function in (lambda: rewrite(model, in_place=True), lambda: restore(model, in_place=True)):
+        calls.clear()
+        function()
+        model.fit(inputs, targets, verbose=0)
+        assert calls
+        assert set(vars(model)) == before
+        assert model.train_step is own_step
+    del vars(model)["train_step"]
+    assert not {"train_step", "test_step", "predict_step"} & set(vars(rewrite(model)))
 
 
 # Selection ---------------------------------------------------------------

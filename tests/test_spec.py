@@ -1,14 +1,19 @@
 """`ConvSpec` counts what it says, and refuses what cannot be."""
 
 import dataclasses
+import json
+import platform
 
 import numpy as np
 import pytest
 
-from diagconv_tf import Conditions, ConvSpec
+from diagconv_tf import Conditions, ConvSpec, Plan, backends, cpu_name
 from diagconv_tf.lowerings.diagonal import Diagonal, from_diagonal, to_diagonal
 from diagconv_tf.spec import same_padding
+from diagconv_tf.tuning import keys
+from diagconv_tf.tuning.problems import Problem
 from tests import cases, reference
+from tests.numerics import BACKEND
 
 # The third depthwise layer of MobileNetV1 at 224: 3x3, 128 channels, stride 1.
 MOBILENET = ConvSpec(1, 56, 56, 128, padding="same")
@@ -115,7 +120,126 @@ def test_specs_and_conditions_are_values():
     assert dataclasses.replace(MOBILENET) == MOBILENET
     assert hash(MOBILENET) == hash(dataclasses.replace(MOBILENET))
     assert Conditions.current() == Conditions.current()
-    assert Conditions.current(compiled=False) != Conditions.current(compiled=True) or (
-        Conditions.current().backend == "jax"
-    )
+    assert [Conditions.current(compiled).compiled for compiled in (True, False)] == [True, False]
+    assert Conditions.current().compiled is (True if BACKEND == "jax" else None)
     assert dict(Conditions.current().versions)["keras"]
+
+
+def key(conditions):
+    return keys.of_problem(Problem(MOBILENET, "depthwise_conv"), "lowerings", conditions)
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        (
+            "processor\t: 0\nmodel name\t: Abacus 9 @ 3 GHz\nmodel name\t: other\n",
+            "Abacus 9 @ 3 GHz",
+        ),
+        ("processor: 0\nCPU implementer: 0x41\nCPU part: 0xd0c\n", "ppc 0x41 0xd0c"),
+        ("processor: 0\n", "ppc"),
+        (None, "ppc"),
+    ],
+)
+def test_a_cpu_has_its_makers_name(monkeypatch, tmp_path, lines, name):
+    monkeypatch.setattr(cpu_name, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "ppc")
+    if lines is not None:
+        (tmp_path / "cpuinfo").write_text(lines)
+    assert cpu_name.cpu_name() == name
+
+
+def test_two_cpus_are_two_devices(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu_name, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(backends.current(), "default_device", lambda: ("cpu", ""))
+    found = []
+    for name in ("Abacus 8", "Abacus 9"):
+        (tmp_path / "cpuinfo").write_text(f"model name: {name}\n")
+        found.append(Conditions.current())
+    assert found[0].differences(found[1]) == ["device_name Abacus 8 → Abacus 9"]
+    assert key(found[0]) != key(found[1])
+
+
+@pytest.mark.backends("jax")
+def test_a_device_that_jax_was_told_by_its_platform_has_its_name_too():
+    import jax
+
+    here = Conditions.current()
+    with jax.default_device(here.device_kind):
+        assert Conditions.current() == here
+
+
+def tensorflow_switches():
+    import tensorflow as tf
+
+    switch = tf.config.experimental
+    return {
+        "tf32": (
+            switch.tensor_float_32_execution_enabled,
+            switch.enable_tensor_float_32_execution,
+            False,
+        )
+    }
+
+
+def jax_switches():
+    import jax
+
+    name = "jax_default_matmul_precision"
+    read = lambda: getattr(jax.config, name)  # noqa: E731
+    return {"matmul_precision": (read, lambda value: jax.config.update(name, value), "float32")}
+
+
+def torch_switches():
+    import torch
+
+    def of(owner, name, other):
+        return (lambda: getattr(owner, name), lambda value: setattr(owner, name, value), other)
+
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return {
+        "cudnn.benchmark": of(cudnn, "benchmark", True),
+        "cudnn.tf32": of(cudnn, "allow_tf32", False),
+        "matmul.tf32": of(matmul, "allow_tf32", True),
+        "matmul.tf32 by precision": (
+            torch.get_float32_matmul_precision,
+            torch.set_float32_matmul_precision,
+            "high",
+        ),
+    }
+
+
+SWITCHES = {"tensorflow": tensorflow_switches, "jax": jax_switches, "torch": torch_switches}[
+    BACKEND
+]()
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_what_a_gpu_is_switched_to_is_a_condition(monkeypatch, name):
+    read, write, other = SWITCHES[name]
+    # Of another GPU only the name is known: nothing is computed.
+    monkeypatch.setattr(backends.current(), "default_device", lambda: ("gpu", "Abacus"))
+    usual, before = Conditions.current(), read()
+    cpu = dataclasses.replace(usual, device_kind="cpu", numeric_mode=())
+    try:
+        write(other)
+        switched = Conditions.current()
+        monkeypatch.setattr(backends.current(), "default_device", lambda: ("cpu", ""))
+        # There nothing of it matters.
+        assert Conditions.current().numeric_mode == ()
+    finally:
+        write(before)
+    (difference,) = usual.differences(switched)
+    assert difference.startswith(name.split()[0] + " ")
+    assert key(usual) != key(switched)
+    plan = Plan(switched, {MOBILENET: "shifted"})
+    assert Plan.from_json(plan.to_json()) == plan
+    # Where one of both does not name it, there is nothing to compare.
+    assert switched.differences(cpu) == ["device_kind gpu → cpu"]
+
+
+def test_plans_from_before_there_were_numeric_modes_load():
+    fields = json.loads(Plan(Conditions.current(), {MOBILENET: "shifted"}).to_json())
+    del fields["conditions"]["numeric_mode"]
+    assert Plan.from_json(json.dumps(fields)).conditions.numeric_mode == ()

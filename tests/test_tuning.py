@@ -12,7 +12,7 @@ from keras import layers
 from diagconv_tf import Conditions, ConvSpec, Plan, inspect_model, rewrite, tune
 from diagconv_tf.inspection import STOCK
 from diagconv_tf.lowerings import Diagonal, Shifted, why_not
-from diagconv_tf.measurements import Measured
+from diagconv_tf.measurements import WRONG_NUMBERS, Measured
 from diagconv_tf.model_tree import place_layers
 from diagconv_tf.spec import PASSES
 from diagconv_tf.tuning.candidates import first_candidates, further_candidates
@@ -27,6 +27,8 @@ from tests import model_zoo
 from tests.fake_clock import FakeClock
 from tests.fake_lab import FAILED, FakeLab, took
 from tests.numerics import BACKEND
+
+WRONG = Measured(error=f"{WRONG_NUMBERS}: relative error 1, above 0")
 
 #: Problems of `model_zoo.skip_connections`: two, one layer each.
 PATHS = ("dw1", "dw2")
@@ -312,7 +314,7 @@ def test_without_a_budget_everything_is_measured(lab, run):
 
 
 def test_a_warm_cache_measures_nothing(lab, run):
-    lab.by_name({STOCK: 3.0, "shifted": 1.0, "dense": FAILED})
+    lab.by_name({STOCK: 3.0, "shifted": 1.0, "dense": WRONG})
     lab.steps_by_name({STOCK: 3.0, "plan": 1.0})
     cold = run()
     done = len(lab.measured), len(lab.trained)
@@ -321,6 +323,34 @@ def test_a_warm_cache_measures_nothing(lab, run):
     assert (len(lab.measured), len(lab.trained)) == done
     run(refresh=True)
     assert (len(lab.measured), len(lab.trained)) == (2 * done[0], 2 * done[1])
+
+
+def test_what_failed_is_measured_again(lab, run):
+    lab.by_name({STOCK: 3.0, "shifted": 1.0, "dense": FAILED})
+    lab.steps_by_name({STOCK: 3.0, "plan": 1.0})
+    run()
+    assert "dense" in {name for _, _, name in lab.measured}
+    lab.measured.clear()
+    # Even without time, what did not fail is known.
+    plan = run(budget_seconds=1e-9)
+    assert lab.measured == []
+    assert choices(plan) == dict.fromkeys(PATHS, "shifted")
+    lab.by_name({STOCK: 3.0, "shifted": 1.0, "dense": 0.5})
+    assert choices(run()) == dict.fromkeys(PATHS, "dense")
+    assert {name for _, _, name in lab.measured} == {"dense"}
+
+
+def test_steps_of_which_one_failed_are_timed_again_together(lab, run):
+    lab.by_name({STOCK: 3.0, "shifted": 1.0})
+    lab.steps_by_name({STOCK: 3.0, "plan": FAILED})
+    assert set(choices(run()).values()) == {STOCK}
+    lab.trained.clear()
+    lab.steps_by_name({STOCK: 3.0, "plan": 1.0})
+    assert choices(run()) == dict.fromkeys(PATHS, "shifted")
+    assert {STOCK, "plan"} <= set(lab.variants)
+    lab.trained.clear()
+    run()
+    assert lab.trained == []
 
 
 @pytest.mark.parametrize(
@@ -347,7 +377,7 @@ def test_what_times_depend_on_is_measured_again(lab, run, monkeypatch, change):
         model.get_layer("head").trainable = False
     elif change == "compiled":
         if BACKEND == "jax":
-            pytest.skip("JAX always compiles")
+            pytest.skip("on JAX nothing else is tuned")
         arguments = {"jit_compile": True}
     elif change == "environment":
         monkeypatch.setenv("XLA_FLAGS", "--xla_something")
@@ -484,6 +514,27 @@ def test_a_rewritten_model_is_tuned_against_stock(lab, run):
 def test_wrong_arguments(run, arguments, words):
     with pytest.raises(ValueError, match=words):
         run(**arguments)
+
+
+@pytest.mark.parametrize("jit_compile", ["auto", True])
+def test_a_model_that_runs_eagerly_is_refused(lab, run, jit_compile):
+    model = model_zoo.skip_connections()
+    model.compile("sgd", "mse", run_eagerly=True)
+    with pytest.raises(ValueError, match="(?s)^Expected.*eagerly.*Received: run_eagerly=True$"):
+        run(model, jit_compile=jit_compile)
+    assert lab.measured == []
+
+
+@pytest.mark.backends("jax")
+@pytest.mark.parametrize("where", ["tune", "compile"])
+def test_jax_that_does_not_compile_is_refused(lab, run, where):
+    model, arguments = compiled(model_zoo.skip_connections()), {"jit_compile": False}
+    if where == "compile":
+        model.compile("sgd", "mse", **arguments)
+        arguments = {}
+    with pytest.raises(ValueError, match="^Expected.*eagerly.*Received: jit_compile=False"):
+        run(model, **arguments)
+    assert lab.measured == []
 
 
 def with_integer_inputs():
@@ -638,6 +689,7 @@ def test_wrong_numbers_never_win(monkeypatch, wrong_pass):
         if pass_name == wrong_pass:
             assert "wrong numbers: relative error 1.00e-03" in measured["shifted"].error
             assert not measured["shifted"].ok
+            assert measured["shifted"].lasts
         else:
             assert measured["shifted"].ok
 
@@ -658,6 +710,7 @@ def test_what_raises_has_its_error(monkeypatch):
     measured = bench().measure("forward", [STOCK, "dense"], rounds=1)
     assert "out of luck" in measured["dense"].error
     assert "\n" not in measured["dense"].error
+    assert not measured["dense"].lasts
     assert measured[STOCK].ok
 
 

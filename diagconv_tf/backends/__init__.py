@@ -53,6 +53,11 @@ class Backend(Protocol):
     def default_device(self) -> tuple[str, str]:
         """`(kind, name)` of the device that Keras computes on."""
 
+    def numeric_mode(self) -> tuple[tuple[str, str], ...]:
+        """`((setting, value), …)` of what this process has switched that decides
+        how exactly, and how fast, that device computes float32; empty on CPUs.
+        """
+
     def preferred_data_format(self, data_format: str) -> str:
         """The layout in which this backend's convolutions run here."""
 

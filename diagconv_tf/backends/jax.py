@@ -18,8 +18,14 @@ from diagconv_tf.spec import ConvSpec
 def default_device() -> tuple[str, str]:
     device = jax.config.jax_default_device or jax.local_devices()[0]
     if isinstance(device, str):
-        return device, device
+        device = jax.local_devices(backend=device)[0]
     return device.platform, "" if device.platform == "cpu" else device.device_kind
+
+
+def numeric_mode() -> tuple[tuple[str, str], ...]:
+    if default_device()[0] == "cpu":
+        return ()
+    return (("matmul_precision", str(jax.config.jax_default_matmul_precision or "default")),)
 
 
 def preferred_data_format(data_format: str) -> str:

@@ -21,6 +21,12 @@ def default_device() -> tuple[str, str]:
     return "gpu", tf.config.experimental.get_device_details(physical).get("device_name", "")
 
 
+def numeric_mode() -> tuple[tuple[str, str], ...]:
+    if default_device()[0] == "cpu":
+        return ()
+    return (("tf32", str(tf.config.experimental.tensor_float_32_execution_enabled())),)
+
+
 def preferred_data_format(data_format: str) -> str:
     # On the CPU most of TensorFlow's convolution kernels know channels-last
     # only (Keras transposes there too).

@@ -20,6 +20,22 @@ def default_device() -> tuple[str, str]:
     return device.type, ""
 
 
+def numeric_mode() -> tuple[tuple[str, str], ...]:
+    if default_device()[0] != "gpu":
+        return ()
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(cudnn, "conv"):
+        # Where these are set, PyTorch refuses to read the switches of old.
+        tf32 = [part.fp32_precision == "tf32" for part in (cudnn.conv, matmul)]
+    else:
+        tf32 = [part.allow_tf32 for part in (cudnn, matmul)]
+    return (
+        ("cudnn.benchmark", str(cudnn.benchmark)),
+        ("cudnn.tf32", str(tf32[0])),
+        ("matmul.tf32", str(tf32[1])),
+    )
+
+
 def preferred_data_format(data_format: str) -> str:
     # PyTorch's convolutions take channels-first shapes only; Keras's
     # channels-last tensors become such by a permuted view, which keeps the

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from diagconv_tf import error_text, tracing
+from diagconv_tf.exporting.full_precision import without_tf32
 from diagconv_tf.exporting.report import ExportError
 from diagconv_tf.model_tree import place_layers
 
@@ -118,7 +118,7 @@ def difference(outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray]) ->
 
 
 def _call(model: keras.Model, inputs: Any) -> list[np.ndarray]:
-    with _without_tf32():
+    with without_tf32(keras.backend.backend()):
         outputs = keras.tree.flatten(_compiled(model)(inputs))
     return [keras.ops.convert_to_numpy(output) for output in outputs]
 
@@ -140,7 +140,9 @@ def _compiled(model: keras.Model) -> Callable[[Any], Any]:
                 return model(inputs, training=False)
 
         return lambda inputs: call([variable.value for variable in model.variables], inputs)
-    return lambda inputs: model(inputs, training=False)
+    import torch
+
+    return torch.no_grad()(lambda inputs: model(inputs, training=False))
 
 
 def _made_up(model: keras.Model) -> list[Any]:
@@ -185,36 +187,3 @@ def _random(
         f"Expected `sample`, a batch of inputs: those of dtype {tensor.dtype} cannot be made up. "
         f"Received: sample=None for the input '{tensor.name}'"
     )
-
-
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Full float32 on GPUs that would round it, as runtimes on the CPU do not."""
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
-
-        with jax.default_matmul_precision("float32"):
-            yield
-    elif backend == "torch":
-        import torch
-
-        flags = torch.backends.cudnn.flags(allow_tf32=False)
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            with flags, torch.no_grad():
-                yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
-    elif backend == "tensorflow":
-        import tensorflow as tf
-
-        before = tf.config.experimental.tensor_float_32_execution_enabled()
-        tf.config.experimental.enable_tensor_float_32_execution(False)
-        try:
-            yield
-        finally:
-            tf.config.experimental.enable_tensor_float_32_execution(before)
-    else:
-        yield

@@ -11,6 +11,7 @@ from diagconv_tf.inspection import STOCK
 from diagconv_tf.layer_classes import become, kept_classes
 from diagconv_tf.layers import DiagonalwiseConv2D, LoweredLayer
 from diagconv_tf.model_tree import place_layers
+from diagconv_tf.own_attribute import own_attribute
 from diagconv_tf.rules import DEFAULT_RULES, find_rule
 
 
@@ -48,19 +49,15 @@ def counted_depthwise_calls(model: keras.Model) -> Iterator[list[str]]:
     one never.
     """
     calls: list[str] = []
-    hooked = []
-    try:
+    with contextlib.ExitStack() as hooks:
         for placed in place_layers(model):
             layer = placed.layer
             if find_rule(layer, DEFAULT_RULES) is not None and (
                 not isinstance(layer, keras.layers.Conv2D) or _is_depthwise_conv2d(layer)
             ):
-                hooked.append(layer)
-                layer.call = _counted(layer.call, placed.path, calls)
+                counted = _counted(layer.call, placed.path, calls)
+                hooks.enter_context(own_attribute(layer, "call", counted))
         yield calls
-    finally:
-        for layer in hooked:
-            del layer.call
 
 
 def _counted(call, name: str, calls: list[str]):

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from diagconv_tf.exporting.base import Format, Requirement, Runner, can_only_elsewhere
+from diagconv_tf.exporting.full_precision import without_tf32
 
 
 class SavedModel(Format):
@@ -54,7 +55,10 @@ class SavedModel(Format):
 
         def run(inputs: Any, names: Sequence[str] | None) -> list[np.ndarray]:
             inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
-            return [np.asarray(output) for output in keras.tree.flatten(loaded.serve(inputs))]
+            # As Keras is run that it is compared with, whose backend may be another.
+            with without_tf32("tensorflow"):
+                outputs = keras.tree.flatten(loaded.serve(inputs))
+                return [np.asarray(output) for output in outputs]
 
         return run, f"tensorflow {tf.__version__}"
 

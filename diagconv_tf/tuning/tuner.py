@@ -85,7 +85,8 @@ def tune(
             `(x, y, sample_weight)`; for models whose inputs cannot be made up
             (integers, text, open sizes), or whose targets cannot.
         jit_compile: as for `compile`: whether the training step will be
-            compiled. `"auto"` means as the model was compiled.
+            compiled. `"auto"` means as the model was compiled. On JAX it must
+            be: Keras runs there eagerly what it does not compile.
         budget_seconds: measure for about so many seconds. Problems with few
             FLOPs are then left out first, and get the choice of the most
             similar one that was measured, or stay stock. The steps of stock
@@ -105,8 +106,9 @@ def tune(
     Raises:
         ValueError: if `model` is not a built Keras model or cannot be copied
             faithfully, an argument is out of range, `data` is needed, or the
-            model cannot be trained; if the replicas do not divide `batch_size`,
-            or for a strategy with which Keras cannot train.
+            model cannot be trained; if Keras would run it eagerly; if the
+            replicas do not divide `batch_size`, or for a strategy with which
+            Keras cannot train.
         RuntimeError: if the first process could not tune; the message says why.
     """
     _check_arguments(batch_size, jit_compile, budget_seconds)
@@ -114,6 +116,7 @@ def tune(
     replicas = distribution.replicas_of(model)
     share = replicas.share(batch_size)
     compiled = _will_be_compiled(model, jit_compile)
+    _check_not_eager(model, compiled)
     if distribution.strategy_of(model) is not None:
         _check_strategy_can_compile(compiled, replicas)
         # The copy that is measured has no strategy, which "auto" asks for.
@@ -172,6 +175,19 @@ def _will_be_compiled(model: keras.Model, jit_compile: bool | str) -> bool:
         # Reading the property of a model that is not compiled would set it.
         return bool(model.jit_compile if model.compiled else model._resolve_auto_jit_compile())
     return bool(jit_compile) and model_supports_jit(model)
+
+
+def _check_not_eager(model: keras.Model, compiled: bool) -> None:
+    if model.run_eagerly:
+        received = "run_eagerly=True"
+    elif keras.backend.backend() == "jax" and not compiled:
+        received = "jit_compile=False, with which JAX computes one operation after the other"
+    else:
+        return
+    raise ValueError(
+        "Expected a model that Keras does not run eagerly: that is for debugging, and no choice "
+        f"of lowerings makes it fast. Received: {received}"
+    )
 
 
 def _check_strategy_can_compile(compiled: bool, replicas: Replicas) -> None:
@@ -260,8 +276,11 @@ class _Tuner:
                     if self.bench is None:
                         self._start()
                     if self._seconds_left(self.reserved) <= 0:
-                        if not found:
+                        # Failures are not kept; what did not fail may be enough.
+                        names = [n for n in names if n not in missing]
+                        if not found and STOCK not in names:
                             return passes
+                        found.update((n, known[f"{pass_name}/{n}"]) for n in names)
                         break
                     bench = bench or ProblemBench(problem, self.conditions, self.clock)
                     times = [m.median for m in found.values() if m.ok]
@@ -286,6 +305,7 @@ class _Tuner:
         return {n: m for key in cache_keys.values() for n, m in self.cache.read(key).items()}
 
     def _write_problem(self, cache_keys: Mapping[str, Any], new: Mapping[str, Measured]) -> None:
+        new = {name: m for name, m in new.items() if m.lasts}
         # What stock runs depends on the layer, what lowerings do does not.
         stock = {name: m for name, m in new.items() if name.endswith(f"/{STOCK}")}
         for key, part in (
@@ -362,7 +382,9 @@ class _Tuner:
         left = self._seconds_left(0.0)
         steps = bench.time(names, seconds=max(min(ROUNDS_SECONDS, left), 1e-3))
         progress.advance()
-        self.cache.add(key, steps)
+        # They were timed in turn, to be compared: kept are all of them, or none.
+        if all(step.lasts for step in steps.values()):
+            self.cache.add(key, steps)
         return steps
 
     def _seconds_left(self, reserved: float) -> float:

@@ -181,7 +181,10 @@ def _check_not_eager(model: keras.Model, compiled: bool) -> None:
     if model.run_eagerly:
         received = "run_eagerly=True"
     elif keras.backend.backend() == "jax" and not compiled:
-        received = "jit_compile=False, with which JAX computes one operation after the other"
+        received = (
+            "jit_compile=False on JAX (as which TensorFlow saves models on a CPU); compile the "
+            "model with jit_compile=True"
+        )
     else:
         return
     raise ValueError(

@@ -29,6 +29,7 @@ from rich.table import Table
 
 import diagconv_tf
 from diagconv_tf import Conditions, files
+from diagconv_tf.cpu_name import cpu_name
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -40,6 +41,8 @@ _VARIABLES = (
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
     "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "JAX_DEFAULT_MATMUL_PRECISION",
 )
 
 
@@ -62,9 +65,12 @@ class Precision:
     tolerance: float
 
 
-#: "float32" is float32 throughout. TF32 has a name of its own, because it is
-#: what frameworks run on NVIDIA GPUs from Ampere on unless they are told not to.
+#: "default" is float32 as the framework computes it when nothing is asked: on
+#: NVIDIA GPUs from Ampere on, TensorFlow and JAX round to TF32 in convolutions
+#: and matrix products, PyTorch in convolutions only. "float32" is float32
+#: throughout; "tf32" allows TF32 in both, on PyTorch too.
 PRECISIONS: Mapping[str, Precision] = {
+    "default": Precision("float32", "float32", None, 5e-3),
     "float32": Precision("float32", "float32", False, 1e-4),
     "tf32": Precision("float32", "float32", True, 5e-3),
     "bfloat16": Precision("bfloat16", "mixed_bfloat16", None, 3e-2),
@@ -78,8 +84,8 @@ def device_kind() -> str:
 
 
 def default_precision() -> str:
-    """What float32 means to the frameworks here when nothing is asked of them."""
-    return "tf32" if device_kind() == "gpu" else "float32"
+    """The precision that is measured where none is asked for."""
+    return "float32" if device_kind() == "cpu" else "default"
 
 
 def why_no_precision(name: str) -> str | None:
@@ -173,10 +179,17 @@ def why_not_compiled(jit_compile: str) -> str | None:
 
 
 class Budget:
-    """Seconds for the whole run, shared equally by the groups still to come."""
+    """Seconds for the whole run, shared equally by the groups still to come.
 
-    def __init__(self, seconds: float | None, groups: int):
-        self._end = None if seconds is None else time.monotonic() + seconds
+    Args:
+        seconds: None means no limit.
+        groups: how many there are.
+        start: when the run began, by `time.monotonic`; None means now.
+    """
+
+    def __init__(self, seconds: float | None, groups: int, start: float | None = None):
+        start = time.monotonic() if start is None else start
+        self._end = None if seconds is None else start + seconds
         self._groups = groups
 
     def next_share(self) -> float | None:
@@ -208,7 +221,7 @@ def environment(flags: Mapping[str, Any], **measured: Any) -> dict[str, Any]:
         "commit": _commit(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "diagconv_tf": diagconv_tf.__version__,
         **conditions,
@@ -232,14 +245,6 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def flag_values(flag_holders: Sequence[Any]) -> dict[str, Any]:

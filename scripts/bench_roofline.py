@@ -24,7 +24,8 @@ def draw_pictures(folder: str, rows: Sequence[Row], ceilings: bench_device.Ceili
         precision, layout, compiled = key
         if any(row.median for row in some):
             name = f"{precision}_{layout}" + ("_compiled" if compiled else "")
-            title = name.replace("_", " ") + f", {keras.backend.backend()}, batch {some[0].batch}"
+            batches = " and ".join(str(batch) for batch in dict.fromkeys(r.batch for r in some))
+            title = name.replace("_", " ") + f", {keras.backend.backend()}, batch {batches}"
             bench_common.save_figure(draw_bars(some, title), folder, f"bars_{name}")
             picture = draw_roofline(some, ceilings, title)
             bench_common.save_figure(picture, folder, f"roofline_{name}")

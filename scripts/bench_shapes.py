@@ -15,14 +15,25 @@ import keras
 
 from diagconv_tf import ConvSpec, inspect_model
 
-ALL_SHAPES = (
-    "MobileNet@224",
-    "MobileNetV2@224",
-    "mobilenet_v1_cifar@32",
-    "mobilenet_v2_cifar@32",
-    "ConvNeXtTiny@224:7x7",
-    "EfficientNetB0@224:5x5",
-)
+#: Names that stand for several.
+SHAPE_SETS: Mapping[str, tuple[str, ...]] = {
+    "all": (
+        "MobileNet@224",
+        "MobileNetV2@224",
+        "mobilenet_v1_cifar@32",
+        "mobilenet_v2_cifar@32",
+        "ConvNeXtTiny@224:7x7",
+        "EfficientNetB0@224:5x5",
+    ),
+    # Ten, so that a compiling backend gets through them in some minutes.
+    "main": (
+        "MobileNet@224:top4",
+        "MobileNetV2@224:top3",
+        "mobilenet_v1_cifar@32:b512:top2",
+        "EfficientNetB0@224:5x5:top1",
+        "ConvNeXtTiny@224:7x7:top1",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +43,12 @@ class Shape:
     Attributes:
         spec: with the batch size; layout and dtype are those of each group.
         uses: `NAME@SIZE` → number of layers; empty for a shape given by hand.
+        name: `shape_name`, with `_bN` where the batch is not the usual one.
     """
 
     spec: ConvSpec
     uses: Mapping[str, int]
-
-    @property
-    def name(self) -> str:
-        return shape_name(self.spec)
+    name: str
 
 
 def shape_name(spec: ConvSpec) -> str:
@@ -58,9 +67,15 @@ def shape_name(spec: ConvSpec) -> str:
 
 
 def parse_shape_name(name: str, batch: int) -> ConvSpec | None:
-    """The depthwise convolution that `shape_name` calls `name`; None if it is no such name."""
+    """The depthwise convolution that a `Shape` calls `name`; None if it is no such name.
+
+    Args:
+        name: `shape_name`, and `_bN` where the batch is another.
+        batch: images, where the name does not say.
+    """
     match = re.fullmatch(
-        r"(\d+)x(\d+)x(\d+)_k(\d+(?:x\d+)?)_s(\d+(?:x\d+)?)(?:_m(\d+))?(?:_d(\d+(?:x\d+)?))?(_valid)?",
+        r"(\d+)x(\d+)x(\d+)_k(\d+(?:x\d+)?)_s(\d+(?:x\d+)?)(?:_m(\d+))?(?:_d(\d+(?:x\d+)?))?(_valid)?"
+        r"(?:_b([1-9]\d*))?",
         name,
     )
     if not match:
@@ -70,9 +85,9 @@ def parse_shape_name(name: str, batch: int) -> ConvSpec | None:
         first, _, second = text.partition("x")
         return int(first), int(second or first)
 
-    height, width, channels, kernel, strides, multiplier, dilation, valid = match.groups()
+    height, width, channels, kernel, strides, multiplier, dilation, valid, own = match.groups()
     return ConvSpec(
-        batch=batch,
+        batch=int(own or batch),
         height=int(height),
         width=int(width),
         groups=int(channels),
@@ -87,41 +102,57 @@ def parse_shape_name(name: str, batch: int) -> ConvSpec | None:
 def find_shapes(names: Sequence[str], batch: int) -> list[Shape]:
     """The distinct depthwise convolutions that `--shapes` asks for, in its order.
 
+    Those of a model come in the order of their share of its depthwise work.
+
     Raises:
         ValueError: if a name is neither a model nor a shape, or finds none.
     """
-    names = list(itertools.chain(*(ALL_SHAPES if name == "all" else (name,) for name in names)))
-    uses: dict[ConvSpec, collections.Counter] = {}
+    names = list(itertools.chain(*(SHAPE_SETS.get(name, (name,)) for name in names)))
+    uses: dict[ConvSpec, dict[str, int]] = {}
     for name in names:
         by_hand = parse_shape_name(name, batch)
         if by_hand is not None:
-            uses.setdefault(by_hand, collections.Counter())
+            uses.setdefault(by_hand, {})
             continue
-        match = re.fullmatch(r"(\w+)@(\d+)(?::(\d+)x(\d+))?", name)
+        match = re.fullmatch(
+            r"(\w+)@(\d+)(?::(\d+)x(\d+))?(?::b([1-9]\d*))?(?::top([1-9]\d*))?", name
+        )
         if not match:
             raise ValueError(
-                "Expected --shapes to be all, NAME@SIZE, NAME@SIZE:KxK or HxWxC_kK_sS. "
-                f"Received: {name}"
+                f"Expected --shapes to be {', '.join(SHAPE_SETS)}, NAME@SIZE (then :KxK, :bN and "
+                f":topN, in this order) or HxWxC_kK_sS. Received: {name}"
             )
-        model_name, size, *kernel = match.groups()
+        model_name, size, *kernel, own_batch, top = match.groups()
         wanted = None if kernel[0] is None else tuple(map(int, kernel))
-        specs = [
+        layers = collections.Counter(
             spec
-            for spec in depthwise_specs(model_name, int(size), batch)
+            for spec in depthwise_specs(model_name, int(size), int(own_batch or batch))
             if wanted in (None, spec.kernel_size)
-        ]
-        if not specs:
+        )
+        if not layers:
             raise ValueError(f"Expected depthwise convolutions in --shapes={name}. Received: none")
-        for spec in specs:
-            uses.setdefault(spec, collections.Counter())[f"{model_name}@{size}"] += 1
-    return [Shape(spec, dict(counts)) for spec, counts in uses.items()]
+        # Bytes, because memory binds nearly all of them.
+        by_work = sorted(layers, key=lambda spec: -layers[spec] * (spec.least_bytes() or 0))
+        for spec in by_work[: None if top is None else int(top)]:
+            uses.setdefault(spec, {})[f"{model_name}@{size}"] = layers[spec]
+    return [
+        Shape(
+            spec,
+            counts,
+            shape_name(spec) + ("" if spec.batch == batch else f"_b{spec.batch}"),
+        )
+        for spec, counts in uses.items()
+    ]
 
 
 @functools.cache
 def depthwise_specs(model_name: str, size: int, batch: int) -> tuple[ConvSpec, ...]:
     """One per call of a depthwise layer, as `inspect_model` finds them in the model."""
-    model = make_model(model_name, size)
-    specs = [spec for row in inspect_model(model, batch).rows for spec in row.specs]
+    # To give values to the weights takes longer than all else (MobileNetV2 on
+    # JAX, 2 cores: 12 seconds, and 1 without).
+    with keras.StatelessScope(initialize_variables=False):
+        model = make_model(model_name, size)
+        specs = [spec for row in inspect_model(model, batch).rows for spec in row.specs]
     keras.backend.clear_session(free_memory=True)
     return tuple(
         spec.replace(data_format="channels_last", compute_dtype="float32")

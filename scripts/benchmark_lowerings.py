@@ -10,17 +10,23 @@ no lowering can be faster.
 Shapes (`--shapes`, separated by commas):
 
 - `NAME@SIZE`: the distinct depthwise convolutions of a keras.applications model
-  for images of SIZE pixels, e.g. `MobileNetV2@224`; with `:5x5` only those with
-  such a kernel, e.g. `EfficientNetB0@224:5x5`. `mobilenet_v1_cifar@32` and
+  for images of SIZE pixels, e.g. `MobileNetV2@224`, those first that have the
+  largest share of its depthwise work. `:5x5` keeps only such kernels, `:b512`
+  means 512 images in place of `--batch_size`, `:top2` keeps the first two; in
+  this order, e.g. `EfficientNetB0@224:5x5:top2`. `mobilenet_v1_cifar@32` and
   `mobilenet_v2_cifar@32` are the recipes' networks with the stem for small images;
-- `HxWxC_kK_sS`, e.g. `56x56x128_k3_s1`, with `_valid` where nothing is padded:
-  the names in the tables;
-- `all`: MobileNet and MobileNetV2 at 224, both recipes' at 32, ConvNeXtTiny's
-  7x7 and EfficientNetB0's 5x5 at 224.
+- `HxWxC_kK_sS`, e.g. `56x56x128_k3_s1`, with `_valid` where nothing is padded
+  and `_bN` for N images: the names in the tables;
+- `main`: ten shapes, of MobileNet and MobileNetV2 at 224, the recipes' MobileNet
+  at 32 with 512 images, EfficientNetB0's 5x5 and ConvNeXtTiny's 7x7 at 224;
+- `all`: all of MobileNet and MobileNetV2 at 224, both recipes' at 32,
+  ConvNeXtTiny's 7x7 and EfficientNetB0's 5x5 at 224.
 
 The lowerings of a shape, pass, precision, layout and way of compiling take
-turns. The passes are the lowerings' own. A lowering that fails or is refused
-is a row with its error, and so is every combination for which no time is left.
+turns. All shapes come in the first precision, layout and way of compiling, then
+in the next: where time runs out, the last ones are missing. The passes are the
+lowerings' own. A lowering that fails, is refused or skipped is a row with its
+error, and so is every combination for which no time is left.
 Each result is compared with that of the framework's own op in float32, from the
 same rounded arguments. On a GPU one timed call runs the operation many times,
 so that starting it does not hide its kernels: how, and what that costs
@@ -28,14 +34,23 @@ so that starting it does not hide its kernels: how, and what that costs
 
 Example (2 CPU cores, 2 minutes):
 
-    KERAS_BACKEND=jax python scripts/benchmark_lowerings.py --out=/tmp/lowerings.json
+    KERAS_BACKEND=jax python scripts/benchmark_lowerings.py --out=lowerings.json
 
-An H200 for an hour:
+A GPU: each is meant to end within 10 minutes (none was measured yet), for after
+the budget only the first calls of one group are still made. JAX and XLA spend
+most of it compiling; TensorFlow without XLA should be through sooner, and comes
+first. PyTorch compiles nothing:
 
-    python scripts/benchmark_lowerings.py --shapes=all --batch_size=64 \
-        --precision=float32,tf32,bfloat16,float16 --layouts=channels_last,channels_first \
-        --lowerings=native,diagonal:16,diagonal:32,diagonal_grouped:32,dense,shifted \
-        --jit_compile=true,false --budget_seconds=3600 --out=h200.csv --pictures=h200
+    KERAS_BACKEND=jax python scripts/benchmark_lowerings.py --shapes=main --batch_size=64 \
+        --lowerings=native,diagonal:32,shifted --precision=default,bfloat16 \
+        --budget_seconds=480 --out=lowerings_jax.json --pictures=lowerings_jax
+    KERAS_BACKEND=tensorflow python scripts/benchmark_lowerings.py --shapes=main --batch_size=64 \
+        --lowerings=native,diagonal:32,shifted --jit_compile=false,true \
+        --budget_seconds=480 --out=lowerings_tensorflow.json --pictures=lowerings_tensorflow
+    KERAS_BACKEND=torch python scripts/benchmark_lowerings.py --shapes=main --batch_size=64 \
+        --lowerings=native,diagonal:32,diagonal_grouped:32,dense \
+        --layouts=channels_last,channels_first --precision=default,bfloat16 \
+        --budget_seconds=300 --out=lowerings_torch.json --pictures=lowerings_torch
 """
 
 from __future__ import annotations
@@ -46,6 +61,7 @@ import functools
 import itertools
 import math
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,24 +77,31 @@ from rich.table import Table
 
 from diagconv_tf import ConvSpec, backends, error_text, why_not
 from diagconv_tf.lowerings import LoweringChoice, parse
+from diagconv_tf.lowerings.diagonal import Diagonal
+from diagconv_tf.lowerings.shifted import Shifted
 from diagconv_tf.spec import PASSES
 from diagconv_tf.timing import Timings, time_interleaved
 
 SHAPES = flags.DEFINE_list(
     "shapes",
     ["56x56x128_k3_s1", "57x57x128_k3_s2_valid", "14x14x512_k3_s1"],
-    "Models (NAME@SIZE, NAME@SIZE:KxK), shapes (HxWxC_kK_sS), or all.",
+    "Models (NAME@SIZE, then :KxK, :bN, :topN), shapes (HxWxC_kK_sS), main or all.",
 )
 LOWERINGS = flags.DEFINE_list(
     "lowerings", ["native", "diagonal:32", "shifted"], "Lowerings; A/B/C is one for each pass."
 )
 PASS_NAMES = flags.DEFINE_list("passes", list(PASSES), f"Some of {', '.join(PASSES)}.")
 PRECISION = flags.DEFINE_list(
-    "precision", ["float32"], f"Some of {', '.join(bench_common.PRECISIONS)}."
+    "precision",
+    None,
+    f"Some of {', '.join(bench_common.PRECISIONS)}. None: float32 on a CPU, elsewhere default.",
 )
 LAYOUTS = flags.DEFINE_list("layouts", ["channels_last"], "channels_last, channels_first or both.")
 JIT_COMPILE = flags.DEFINE_list(
-    "jit_compile", ["auto"], "true, false, or auto: as Keras would. Only TensorFlow has a choice."
+    "jit_compile",
+    ["auto"],
+    "true, false, or auto: as Keras would. Only TensorFlow has a choice: JAX always compiles, "
+    "and PyTorch's operations are not compiled here.",
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images.", 1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed calls of each candidate.", 1)
@@ -97,8 +120,16 @@ ROTATE_MB = flags.DEFINE_integer(
     "0: one set, which then may stay in a cache.",
     0,
 )
+MAX_PARTS = flags.DEFINE_integer(
+    "max_parts",
+    128,
+    "Convolutions (of shifted: taps) in one program of several operations, on TensorFlow and "
+    "JAX. A lowering of many gets fewer sets of arguments; one that has more by itself is "
+    "skipped, because it would compile for minutes.",
+    1,
+)
 BUDGET = flags.DEFINE_float(
-    "budget_seconds", None, "For the whole run; a candidate once begun is finished."
+    "budget_seconds", None, "For the whole run; a group once begun makes all its first calls."
 )
 OUT = flags.DEFINE_string("out", None, "File to write: .json or .csv.")
 PICTURES = flags.DEFINE_string("pictures", None, "Folder for pictures.")
@@ -106,7 +137,7 @@ PICTURES = flags.DEFINE_string("pictures", None, "Folder for pictures.")
 _MAX_SETS = 16
 _MAX_GRAPH_OPERATIONS = 32
 _MAX_RESULT_BYTES = 4 * 2**30
-_OVERHEAD = "(nothing)"
+_MAX_LAUNCHES = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +194,7 @@ class Row:
     agrees: bool | None = None
     operations: int = 0
     sets: int = 0
+    past_caches: bool | None = None
     overhead: float | None = None
     timed_as: str = ""
     error: str | None = None
@@ -240,20 +272,59 @@ def relative_error(result: Any, reference: Any) -> float | None:
     return float(error) if math.isfinite(float(error)) else None
 
 
-def repeats_and_sets(spec: ConvSpec, limit: float, compiled: bool) -> tuple[int, int]:
-    """How often one timed call runs the operation on how many sets of arguments."""
+def count_parts(spec: ConvSpec, choice: LoweringChoice, pass_name: str) -> int:
+    """Of how many convolutions, or taps, the program of a pass is made."""
+    lowering = choice.for_pass(pass_name)
+    if isinstance(lowering, Diagonal):
+        return len(lowering.blocks(spec))
+    return math.prod(spec.kernel_size) if isinstance(lowering, Shifted) else 1
+
+
+def repeats_and_sets(
+    spec: ConvSpec, limit: float, compiled: bool, parts: int = 1
+) -> tuple[int, int]:
+    """How often one timed call runs the operation on how many sets of arguments.
+
+    Args:
+        spec: the problem.
+        limit: seconds below which an operation cannot get.
+        compiled: whether a compiler makes the program.
+        parts: of the operation, as `count_parts` has it.
+
+    Raises:
+        ValueError: if one operation has more parts than `--max_parts`.
+    """
     least_bytes = spec.least_bytes() or 1
     sets = min(_MAX_SETS, max(1, math.ceil(ROTATE_MB.value * 2**20 / least_bytes)))
+    on_cpu = bench_common.device_kind() == "cpu"
+    if REPEATS.value == 0 or (REPEATS.value is None and on_cpu):
+        return 0, sets
+    backend = keras.backend.backend()
+    if backend != "torch":
+        # The program has every set's operation in it.
+        if parts > MAX_PARTS.value:
+            raise ValueError(f"skipped: {parts} parts, more than --max_parts={MAX_PARTS.value}")
+        sets = min(sets, MAX_PARTS.value // parts)
     if REPEATS.value is not None:
         return REPEATS.value, sets
-    if bench_common.device_kind() == "cpu":
-        return 0, sets
     repeats = max(20, math.ceil(2e-3 / (sets * limit)))
-    if keras.backend.backend() == "tensorflow" and not compiled:
+    if backend == "torch":
+        repeats = max(1, min(repeats, _MAX_LAUNCHES // (sets * parts)))
+    elif backend == "tensorflow" and not compiled:
         # Every operation is a part of the graph, and all results are kept.
-        operations = min(_MAX_GRAPH_OPERATIONS, _MAX_RESULT_BYTES // least_bytes)
-        repeats = max(1, operations // sets)
+        operations = min(
+            _MAX_GRAPH_OPERATIONS,
+            max(1, _MAX_RESULT_BYTES // least_bytes),
+            MAX_PARTS.value // parts,
+        )
+        sets = min(sets, operations)
+        repeats = operations // sets
     return repeats, sets
+
+
+def stay_past_caches(spec: ConvSpec, sets: int) -> bool:
+    """Whether so many sets take as much memory as `--rotate_mb` asks for."""
+    return 0 < ROTATE_MB.value * 2**20 <= sets * (spec.least_bytes() or 0)
 
 
 # Measuring
@@ -326,6 +397,8 @@ def measure(
 
 def why_not_group(group: Group) -> str | None:
     """Why nothing of a group can be measured here; None where it can."""
+    if group.compiled and keras.backend.backend() == "torch":
+        return "Expected jit_compile=false on PyTorch, which compiles nothing here. Received: true"
     return bench_common.why_no_precision(group.precision) or bench_common.why_not_compiled(
         "true" if group.compiled else "false"
     )
@@ -335,29 +408,42 @@ def _measure(
     group: Group, lowerings: Sequence[str], limit: float, budget_seconds: float | None
 ) -> dict[str, dict[str, Any]]:
     """Lowering → the fields of its row that were measured."""
+    start = time.monotonic()
     spec = group.spec
-    repeats, count = repeats_and_sets(spec, limit, group.compiled)
-    sets = draw_arguments(spec, group.pass_name, count)
-    runners, found = {}, {}
+    runners, found, turns = {}, {}, {}
     for lowering in lowerings:
+        parts = count_parts(spec, read_lowering(lowering), group.pass_name)
+        try:
+            turns[lowering] = repeats_and_sets(spec, limit, group.compiled, parts)
+        except ValueError as error:
+            found[lowering] = {"error": str(error)}
+    if not turns:
+        return found
+    sets = draw_arguments(spec, group.pass_name, max(count for _, count in turns.values()))
+    for lowering, (repeats, count) in turns.items():
         operation = make_operation(spec, read_lowering(lowering), group.pass_name)
         try:
-            runners[lowering] = bench_device.make_runner(operation, sets, repeats, group.compiled)
+            runners[lowering] = bench_device.make_runner(
+                operation, sets[:count], repeats, group.compiled
+            )
         except Exception as error:
             found[lowering] = {"error": error_text.summary(error)}
     candidates = dict(runners)
-    if repeats and runners:
-        with contextlib.suppress(Exception):
-            candidates[_OVERHEAD] = bench_device.make_runner(
-                bench_device.run_nothing, sets, repeats, group.compiled
-            )
+    for repeats, count in {turns[lowering] for lowering in runners}:
+        if repeats:
+            with contextlib.suppress(Exception):
+                candidates[_overhead_name(repeats, count)] = bench_device.make_runner(
+                    bench_device.run_nothing, sets[:count], repeats, group.compiled
+                )
+    if budget_seconds is not None:
+        # Drawing the arguments, and recording graphs, is part of it.
+        budget_seconds = max(budget_seconds - (time.monotonic() - start), 1e-3)
     timings = time_interleaved(
         {name: runner.call for name, runner in candidates.items()},
         rounds=ROUNDS.value,
         warmup=1,
         budget_seconds=budget_seconds,
     )
-    overhead = timings.get(_OVERHEAD, Timings()).median
     reference = None
     with contextlib.suppress(Exception):  # Then `relative_error` stays empty.
         reference = reference_result(group, sets[0])
@@ -371,6 +457,7 @@ def _measure(
             }
             continue
         operations = runner.operations
+        overhead = timings.get(_overhead_name(*turns[lowering]), Timings()).median
         fields = {
             "median": timing.median / operations,
             "p10": timing.p10 / operations,
@@ -378,7 +465,8 @@ def _measure(
             "count": timing.count,
             "first_seconds": timing.first_seconds,
             "operations": operations,
-            "sets": len(sets),
+            "sets": turns[lowering][1],
+            "past_caches": stay_past_caches(spec, turns[lowering][1]),
             "overhead": None if overhead is None else overhead / operations,
             "timed_as": runner.timed_as,
         }
@@ -394,6 +482,11 @@ def _measure(
                 fields = {"error": error_text.summary(error)}
         found[lowering] = fields
     return found
+
+
+def _overhead_name(repeats: int, sets: int) -> str:
+    """The candidate that is the loop of so many operations without them."""
+    return f"(nothing, {repeats} times {sets})"
 
 
 def read_lowering(text: str) -> LoweringChoice:
@@ -413,7 +506,8 @@ def make_table(rows: Sequence[Row], ceilings: bench_device.Ceilings) -> Table:
         title=f"{keras.backend.backend()} on {bench_common.device_kind()}, batch "
         f"{BATCH_SIZE.value}; copies {ceilings.bytes_per_second / 1e9:,.1f} GB/s, "
         f"matrix products {rates}",
-        caption="ms for one operation; limit share: 1 is the roofline; error: to native in float32",
+        caption="ms for one operation; limit share: 1 is the roofline, * where the data may stay "
+        "in a cache; error: to native in float32",
     )
     for column in ("shape", "pass", "conditions", "lowering"):
         table.add_column(column, overflow="fold")
@@ -437,7 +531,7 @@ def make_table(rows: Sequence[Row], ceilings: bench_device.Ceilings) -> Table:
             *key,
             row.lowering,
             *(f"{1e3 * seconds:.3f}" for seconds in (row.median, row.p10, row.p90, row.limit)),
-            f"{row.limit_share:.3f}",
+            f"{row.limit_share:.3f}{'' if row.past_caches else '*'}",
             "" if row.over_native is None else f"{row.over_native:.2f}",
             f"{row.first_seconds:.1f}",
             ("?" if row.relative_error is None else f"{row.relative_error:.0e}")
@@ -462,6 +556,8 @@ def check_flags() -> None:
         (LAYOUTS, ("channels_last", "channels_first")),
         (JIT_COMPILE, ("auto", "true", "false")),
     ):
+        if holder.value is None:
+            continue
         unknown = [value for value in holder.value if value not in accepted]
         if unknown or not holder.value:
             raise ValueError(
@@ -473,25 +569,28 @@ def check_flags() -> None:
 
 
 def main(_: list[str]) -> None:
+    start = time.monotonic()
     try:
         check_flags()
         shapes = bench_shapes.find_shapes(SHAPES.value, BATCH_SIZE.value)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
-    ceilings = bench_device.measure_ceilings(PRECISION.value)
+    precisions = PRECISION.value or [bench_common.default_precision()]
+    ceilings = bench_device.measure_ceilings(precisions)
     groups = [
         Group(shape, pass_name, precision, layout, compiled)
-        for shape, precision, layout, compiled, pass_name in itertools.product(
-            shapes,
-            PRECISION.value,
+        # Shapes inside: a budget that runs out costs the last conditions first.
+        for precision, layout, compiled, shape, pass_name in itertools.product(
+            precisions,
             LAYOUTS.value,
             dict.fromkeys(bench_common.compiled(value) for value in JIT_COMPILE.value),
+            shapes,
             PASS_NAMES.value,
         )
     ]
     settings = bench_common.flag_values(flags.FLAGS.get_key_flags_for_module(sys.argv[0]))
     environment = bench_common.environment(settings, ceilings=dataclasses.asdict(ceilings))
-    budget = bench_common.Budget(BUDGET.value, len(groups))
+    budget = bench_common.Budget(BUDGET.value, len(groups), start)
     rows: list[Row] = []
     for number, group in enumerate(groups, start=1):
         print(

@@ -1,4 +1,4 @@
-"""Times whole training steps: models x variants, interleaved in one process.
+r"""Times whole training steps: models x variants, interleaved in one process.
 
 Each variant is the same keras.applications model with the same weights; only
 the way in which its convolutions with groups run differs:
@@ -19,16 +19,30 @@ compared. Data is random and already on the device. A sample is
 ahead of the device, which is waited for at the end. A variant that fails is a
 row with its error, and the others go on.
 
-On NVIDIA GPUs `--precision=tf32` is what Keras's float32 means unless it is
-told otherwise, and the default here; `float32` has TF32 switched off.
+`--precision=default` leaves the framework's switches for float32 alone: it is
+what training with Keras means unless something is switched, and what is
+measured on GPUs where nothing else is asked for. There it lets TF32 into
+convolutions, and on TensorFlow and JAX into matrix products; `float32` lets it
+in nowhere, `tf32` everywhere.
+
+All models come in the first precision, way of compiling and batch size, then in
+the next.
 
 Example (2 CPU cores, 5 minutes):
 
     KERAS_BACKEND=jax python scripts/benchmark_training.py --models=MobileNet,MobileNetV2
+
+A GPU, meant to end within 10 minutes (not measured yet): the budget does not end
+first steps, which on JAX and TensorFlow compile for most of the time.
+
+    KERAS_BACKEND=… python scripts/benchmark_training.py --models=MobileNet,MobileNetV2 \
+        --size=224 --batch_size=64 --variants=stock,floor,shifted,diagonal:32 \
+        --budget_seconds=240 --out=training.json --pictures=training
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -66,7 +80,7 @@ PRECISION = flags.DEFINE_list(
     "precision",
     None,
     f"Some of {', '.join(bench_common.PRECISIONS)}; the last two are Keras's mixed policies. "
-    "None: float32, on a GPU tf32.",
+    "None: float32 on a CPU, elsewhere default.",
 )
 JIT_COMPILE = flags.DEFINE_list(
     "jit_compile", ["auto"], "true, false or auto, as in Keras; one or several."
@@ -299,6 +313,9 @@ def benchmark(group: Group, budget_seconds: float | None) -> list[Row]:
     try:
         with bench_common.precision_mode(group.precision):
             return _benchmark(group, blank, budget_seconds)
+    except Exception as error:  # No memory for the images, say.
+        failed = error_text.summary(error)
+        return [blank(variant=variant, error=failed) for variant in VARIANTS.value]
     finally:
         keras.config.set_dtype_policy(policy)
 
@@ -337,7 +354,8 @@ def _benchmark(group: Group, blank: Callable[..., Row], budget_seconds: float | 
         if variant in errors:
             rows.append(blank(variant=variant, error=errors[variant]))
             continue
-        trainer.measure_memory(steps)
+        with contextlib.suppress(Exception):  # Then `peak_memory` stays empty.
+            trainer.measure_memory(steps)
         stock, floor, median = medians.get("stock"), medians.get("floor"), medians[variant]
         rows.append(
             blank(
@@ -497,11 +515,12 @@ def main(_: list[str]) -> None:
         raise app.UsageError(str(error)) from error
     groups = [
         Group(model, precision, int(batch_size), jit_compile)
-        for model, precision, batch_size, jit_compile in itertools.product(
-            MODELS.value,
+        # Models inside: a budget that runs out costs the last conditions first.
+        for precision, jit_compile, batch_size, model in itertools.product(
             PRECISION.value or [bench_common.default_precision()],
-            BATCH_SIZE.value,
             JIT_COMPILE.value,
+            BATCH_SIZE.value,
+            MODELS.value,
         )
     ]
     settings = bench_common.flag_values(flags.FLAGS.get_key_flags_for_module(sys.argv[0]))

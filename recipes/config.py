@@ -25,6 +25,9 @@ CONFIGS = pathlib.Path(__file__).parent / "configs"
 BUILT_IN = ("mobilenet_v1", "mobilenet_v2")
 MODEL_FILES = (".keras", ".h5")
 
+#: Settings of these networks; a model from a file has its own.
+_OF_BUILT_IN = ("stem", "width_multiplier", "dropout", "batch_norm_momentum", "dtype_policy")
+
 
 def _setting(
     default: Any,
@@ -134,6 +137,7 @@ class Config:
     weight_decay: float = _setting(
         0.0, "decoupled, times the learning rate; not on biases and batch norms", least=0
     )
+    decay_depthwise: bool = _setting(True, "weight decay on depthwise kernels as well")
     label_smoothing: float = _setting(
         0.0, "share of each label that goes to all classes", least=0, below=1
     )
@@ -199,6 +203,17 @@ class Config:
             raise ValueError(
                 f"Expected config key `model` to be one of {', '.join(BUILT_IN)}, or the path of "
                 f"a file named *.keras or *.h5. Received: model={self.model!r}"
+            )
+        changed = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name in _OF_BUILT_IN and getattr(self, field.name) != field.default
+        ]
+        if self.model not in BUILT_IN and changed:
+            raise ValueError(
+                f"Expected the defaults of {', '.join(changed)}: they are of models that the "
+                f"recipes build, and do not change one from a file. Received: model={self.model!r} "
+                f"with {', '.join(f'{name}={getattr(self, name)!r}' for name in changed)}"
             )
         repeated = {name for name in self.variants if self.variants.count(name) > 1}
         if repeated:

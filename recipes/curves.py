@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from recipes.config import BUILT_IN
+
 if TYPE_CHECKING:
     from recipes.report import RunReport, VariantResult
 
@@ -28,10 +30,11 @@ def draw_curves(report: RunReport, path: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.92", linewidth=0.8)
         axes.set_axisbelow(True)
+    is_ours = report.config.model in BUILT_IN
+    width = f" (width {report.config.width_multiplier:g})" if is_ours else ""
     figure.suptitle(
-        f"{report.config.name}: {report.config.model} (width {report.config.width_multiplier:g}) "
-        f"on {report.config.dataset}, batch {report.config.batch_size}, "
-        f"{report.environment['backend']}",
+        f"{report.config.name}: {report.config.model}{width} on {report.config.dataset}, "
+        f"batch {report.config.batch_size}, {report.environment['backend']}",
         fontsize=12,
     )
     figure.savefig(path)

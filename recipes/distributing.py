@@ -78,6 +78,8 @@ class Distribution:
                 "Expected the TensorFlow or the JAX backend for --distribution=data_parallel. "
                 f"Received: {backend}, for which Keras has no distribution"
             )
+        if len(devices) == 1 and processes.processes == 1:
+            return cls()  # There is nothing to share, and all works as without.
         replicas = Replicas(len(devices), processes.processes, processes.process)
         replicas.share(config.batch_size)
         return cls(replicas, processes, strategy)
@@ -97,13 +99,11 @@ class Distribution:
         """Lets batch norms see the whole batch, as on one device.
 
         JAX computes as on one device anyway; under `MirroredStrategy` each
-        replica has statistics of its own, unless a layer is told otherwise.
+        replica has statistics of its own, unless a layer is told otherwise. A
+        layer from a file may have been told elsewhere.
         """
-        if self.strategy is None or keras.backend.backend() != "tensorflow":
-            return
-        for layer in model._flatten_layers():
-            if isinstance(layer, keras.layers.BatchNormalization):
-                layer.synchronized = config.sync_batch_norm
+        mirrored = self.strategy is not None and keras.backend.backend() == "tensorflow"
+        synchronize_batch_norms(model, mirrored and config.sync_batch_norm)
 
     def describe(self, jit_compile: bool | None = None) -> str:
         """Devices and processes, in a few words for the report.
@@ -121,6 +121,16 @@ class Distribution:
         if keras.backend.backend() == "tensorflow" and not jit_compile:
             text += ", without XLA, which Keras switches off there"
         return text
+
+
+def synchronize_batch_norms(model: keras.Model, synchronized: bool) -> None:
+    """Sets what batch norms do under TensorFlow's strategies.
+
+    Files of models are to have False: on other backends Keras loads no other.
+    """
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.synchronized = synchronized
 
 
 def divide_cpu(count: int) -> None:

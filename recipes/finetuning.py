@@ -28,7 +28,7 @@ def load_start(path: str, image_shape: tuple[int, ...], classes: int) -> keras.M
 
     Raises:
         ValueError: if the file cannot be read, or the model does not take the
-            images, or ends in another way.
+            images, or ends in another way, as in logits.
     """
     model = restore(load_model(path))
     inputs = getattr(model, "inputs", None)
@@ -40,6 +40,12 @@ def load_start(path: str, image_shape: tuple[int, ...], classes: int) -> keras.M
         )
     outputs = model.outputs[0]
     if len(model.outputs) == 1 and len(outputs.shape) == 2 and outputs.shape[-1] == classes:
+        if not _gives_probabilities(model):
+            raise ValueError(
+                f"Expected a model of {classes} outputs to end in a softmax: the loss is that of "
+                f"probabilities (keras.layers.Softmax() makes them). Received: {path}, which ends "
+                f"in {type(model.layers[-1]).__name__} '{model.layers[-1].name}' without one"
+            )
         head = outputs
     elif len(model.outputs) == 1 and len(outputs.shape) == 4:
         features = layers.GlobalAveragePooling2D(name="new_average")(outputs)
@@ -54,7 +60,20 @@ def load_start(path: str, image_shape: tuple[int, ...], classes: int) -> keras.M
             f"{tuple(outputs.shape)}"
         )
     # Made anew in any case: what the file says of compilation does not matter.
-    return keras.Model(model.inputs[0], head, name=model.name)
+    start = keras.Model(model.inputs[0], head, name=model.name)
+    if any(layer.dtype_policy.name == "mixed_float16" for layer in start._flatten_layers()):
+        # Files do not tell that of a model, only of layers. By it Keras scales the loss.
+        start.dtype_policy = "mixed_float16"
+    return start
+
+
+def _gives_probabilities(model: keras.Model) -> bool:
+    """Whether the last operation is a softmax."""
+    last = model.outputs[0]._keras_history.operation
+    if isinstance(last, keras.Model):
+        return _gives_probabilities(last)
+    is_softmax = type(last).__name__ == "Softmax"  # A layer, or `keras.ops.softmax`.
+    return is_softmax or getattr(last, "activation", None) is keras.activations.softmax
 
 
 def _classifier(classes: int) -> layers.Layer:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from absl import logging
 
 from recipes.averaging import finalize_averages
@@ -78,7 +79,8 @@ def fit_from(
         ValueError: if `start` does not fit the other arguments, or if the data
             ends too early.
         TrainingInterrupted: after a signal, when the last step is saved.
-        NonFiniteLossError: if the loss is NaN or infinite. Nothing is saved.
+        NonFiniteLossError: if the loss, or a weight that is to be saved, is NaN
+            or infinite. Nothing is saved.
     """
     start = start or Checkpoint()
     done = start.step - start.epochs * steps_per_epoch
@@ -109,7 +111,9 @@ def fit_from(
         if epoch < epochs:
             _build(model, make_dataset(start.step))
         if done and epoch < epochs:
-            if done < steps_per_epoch:
+            watch.on_train_begin()
+            # A callback may want no further step, but the test after the last.
+            if done < steps_per_epoch and not model.stop_training:
                 model.fit(
                     make_dataset(start.step),
                     steps_per_epoch=steps_per_epoch - done,
@@ -290,6 +294,10 @@ class _Watch(keras.callbacks.CallbackList):
         self._flush_futures()  # Of callbacks that Keras runs in threads.
         step, epochs = self._position
         # `self.model`, not `_model`: on JAX that brings the variables up to date.
+        weights = self.model.trainable_variables
+        if not all(np.isfinite(keras.ops.convert_to_numpy(weight)).all() for weight in weights):
+            # The loss tells it one step too late.
+            raise self._losses.error_of_weights(self.model, step, epochs)
         return Snapshot.of(self.model, Checkpoint(step, epochs, self._record(), metrics))
 
     def _save(self, snapshot: Snapshot | None) -> None:

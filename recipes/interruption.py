@@ -26,20 +26,32 @@ class TrainingInterrupted(Exception):  # noqa: N818 - as KeyboardInterrupt, it i
         signal_name: such as `"SIGTERM"`.
         step: batches that the model has been trained on.
         path: of the checkpoint from which it goes on; `None` if there is none.
+
+    Attributes:
+        flags: what to add to the command to go on.
     """
 
     def __init__(self, signal_name: str, step: int, path: pathlib.Path | None):
         self.signal_name = signal_name
         self.step = step
         self.path = path
-        super().__init__(
-            f"Interrupted by {signal_name} after step {step}. The same command with --resume "
-            + (f"goes on from {path}" if path else "begins anew: there is no checkpoint yet")
+        self.flags = "--resume"
+        super().__init__(signal_name, step, path)
+
+    def __str__(self) -> str:
+        return (
+            f"Interrupted by {self.signal_name} after step {self.step}. The same command with "
+            f"{self.flags} "
+            + (
+                f"goes on from {self.path}"
+                if self.path
+                else "begins anew: there is no checkpoint yet"
+            )
         )
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss is NaN or infinite: nothing good can come of further steps."""
+    """Loss or weights are NaN or infinite: nothing good can come of further steps."""
 
 
 class Interruption:
@@ -148,6 +160,19 @@ class LossCheck:
             model: compiled.
             epoch: from 0.
         """
+        return self._error(f"The loss is {self._loss}", self._step, model, epoch)
+
+    def error_of_weights(self, model: keras.Model, step: int, epoch: int) -> NonFiniteLossError:
+        """What to raise where the loss is finite, but the step has left weights that are not.
+
+        Args:
+            model: compiled.
+            step: batches that the model has been trained on.
+            epoch: from 0.
+        """
+        return self._error("Weights are NaN or infinite", step, model, epoch)
+
+    def _error(self, what: str, step: int, model: keras.Model, epoch: int) -> NonFiniteLossError:
         rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
         policies = sorted({layer.dtype_policy.name for layer in model.layers})
         last = "no mean before was looked at"
@@ -157,7 +182,8 @@ class LossCheck:
         if any("float16" in name.replace("bfloat16", "") for name in policies):
             advice.append("bfloat16 instead of float16")
         return NonFiniteLossError(
-            f"The loss is {self._loss} after step {self._step}, in epoch {epoch + 1} (learning "
-            f"rate {rate:.3g}, {', '.join(policies)}); {last}. Try {', '.join(advice)}, or look "
-            "for broken images and labels. Nothing was saved since: the last checkpoint is good"
+            f"{what} after step {step}, in epoch {epoch + 1} (learning rate {rate:.3g}, "
+            f"{', '.join(policies)}); {last}. Try {', '.join(advice)}, or look for broken images "
+            "and labels: in a run of another --name, because --resume keeps the settings of this "
+            "one. Nothing was saved since: the last checkpoint is good"
         )

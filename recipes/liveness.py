@@ -66,7 +66,7 @@ class Liveness:
         self._server: socket.socket | None = None
 
     def listen(self) -> int:
-        """Of the first process: opens a port for the others, and returns it."""
+        """Of the first process: opens a free port, any one, for the others; returns it."""
         self._server = socket.create_server(("", 0), backlog=self._processes)
         return self._server.getsockname()[1]
 
@@ -82,14 +82,26 @@ class Liveness:
             OSError: if one cannot be reached, or does not come.
         """
         if self._process:
-            peer = socket.create_connection((host, port), timeout)
+            try:
+                peer = socket.create_connection((host, port), timeout)
+            except OSError as error:
+                raise OSError(
+                    f"Expected process 0 to be reached at {host}:{port} as well, where it notices "
+                    f"the end of others. Received: {error}"
+                ) from error
             peer.sendall(_NUMBER.pack(self._process))
             self._peers[0] = peer
         else:
             assert self._server is not None, "listen comes first"
             self._server.settimeout(timeout)
             while len(self._peers) < self._processes - 1:
-                peer, _ = self._server.accept()
+                try:
+                    peer, _ = self._server.accept()
+                except OSError as error:
+                    raise OSError(
+                        "Expected all other processes to connect to this one at port "
+                        f"{self._server.getsockname()[1]} as well. Received: {error}"
+                    ) from error
                 peer.settimeout(timeout)
                 number = _receive(peer)
                 if number is None or not 0 < number < self._processes or number in self._peers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -15,7 +16,8 @@ def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> N
 
     With `label_smoothing` the labels must be one-hot, else class numbers.
     """
-    optimizer = make_optimizer(config, steps_per_epoch)
+    spared = () if config.decay_depthwise else _depthwise_kernels(model)
+    optimizer = make_optimizer(config, steps_per_epoch, spared)
     if config.label_smoothing:
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)
     else:
@@ -30,11 +32,18 @@ def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> N
     )
 
 
-def make_optimizer(config: Config, steps_per_epoch: int) -> keras.Optimizer:
+def make_optimizer(
+    config: Config, steps_per_epoch: int, spared: Sequence[keras.Variable] = ()
+) -> keras.Optimizer:
     """SGD with Nesterov momentum, or RMSprop, with weight decay on kernels only.
 
     A step is a batch; the weights are updated every `gradient_accumulation` of
     them, and the learning rate counts updates.
+
+    Args:
+        config: The settings.
+        steps_per_epoch: Batches.
+        spared: Kernels without weight decay.
     """
     arguments: dict[str, Any] = {
         "learning_rate": learning_rate(config, steps_per_epoch),
@@ -50,8 +59,20 @@ def make_optimizer(config: Config, steps_per_epoch: int) -> keras.Optimizer:
     else:
         optimizer = keras.optimizers.RMSprop(rho=config.rho, epsilon=config.epsilon, **arguments)
     if config.weight_decay:
-        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        optimizer.exclude_from_weight_decay(
+            var_list=list(spared), var_names=["bias", "gamma", "beta"]
+        )
     return optimizer
+
+
+def _depthwise_kernels(model: keras.Model) -> list[keras.Variable]:
+    # Their names do not tell: it is "kernel", as elsewhere.
+    depthwise = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+    separable = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+    layers = list(model._flatten_layers())
+    return [layer.kernel for layer in layers if isinstance(layer, depthwise)] + [
+        layer.depthwise_kernel for layer in layers if isinstance(layer, separable)
+    ]
 
 
 def average_momentum(config: Config) -> float:

@@ -12,11 +12,15 @@ Without the flags, Keras's own variables are read: `KERAS_DISTRIBUTION_JOB_ADDRE
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import sys
 import threading
+import traceback
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import keras
@@ -34,7 +38,7 @@ _VARIABLES = "KERAS_DISTRIBUTION_"
 #: for a machine that still has its connections, but has stopped.
 _HEARTBEAT_SECONDS = 60
 
-#: The end waits for the first process, which may be exporting a large model.
+#: Of JAX's own goodbye, to which all come together: see `Processes.leave`.
 _SHUTDOWN_SECONDS = 3600
 
 
@@ -135,6 +139,9 @@ class Processes:
         self.process = process
         self.processes = processes
         self._liveness: Liveness | None = None
+        # JAX compares the numbers of steps it is asked about with one that it has
+        # chosen among those to come: they must not begin anew with each variant.
+        self._steps = itertools.count(1)
 
     @classmethod
     def join(cls, group: ProcessGroup | None) -> Processes:
@@ -188,6 +195,8 @@ class Processes:
             return
         import jax
 
+        # The first one may be exporting a large model, for longer than a collective waits.
+        self.from_first("")
         self.agree("end", "")
         self._liveness.close()
         jax.distributed.shutdown()
@@ -208,6 +217,23 @@ class Processes:
             sys.stderr.flush()
             # At a regular end JAX waits for processes that may have ended, and aborts.
             os._exit(code)
+
+    @contextlib.contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Whatever ends this process inside, the others notice it.
+
+        Else JAX would wait at the end of this process for the others, and these
+        for it.
+        """
+        try:
+            yield
+        except SystemExit:
+            raise  # After a goodbye.
+        except BaseException as error:
+            if self._liveness is None:
+                raise
+            traceback.print_exc()
+            self.end_with_line("".join(traceback.format_exception_only(error)), code=1)
 
     def from_first(self, text: str) -> str:
         """What the first process gave as `text`, in all of them.
@@ -244,14 +270,22 @@ class Processes:
 
     def interruption(self) -> Interruption:
         """Notices signals: in all processes in the same step, whichever got one."""
-        return Interruption() if self.processes == 1 else _SharedInterruption()
+        return Interruption() if self.processes == 1 else _SharedInterruption(self._steps)
 
 
 class _SharedInterruption(Interruption):
     """A SIGTERM of any process is one of all, in the same step.
 
     JAX itself notices SIGTERM, and finds a step that no process has begun.
+
+    Args:
+        steps: numbers of this process's steps, of all variants. All processes
+            ask equally often.
     """
+
+    def __init__(self, steps: Iterator[int]) -> None:
+        super().__init__()
+        self._steps = steps
 
     def __enter__(self) -> Interruption:
         return self
@@ -260,7 +294,7 @@ class _SharedInterruption(Interruption):
         from jax.experimental import multihost_utils
 
         # During a validation the processes do not ask: they need not be in step.
-        if step is not None and multihost_utils.reached_preemption_sync_point(step):
+        if step is not None and multihost_utils.reached_preemption_sync_point(next(self._steps)):
             self.signal_name = "SIGTERM"
             tell_of_saving(self.signal_name)
         return self.signal_name is not None

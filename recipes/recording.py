@@ -83,7 +83,7 @@ class StopAfter(keras.callbacks.Callback):
     """Ends a training after so many steps.
 
     Args:
-        steps: At least 1.
+        steps: With 0, and `fit_from`, an epoch that has begun is only ended.
     """
 
     def __init__(self, steps: int):
@@ -92,6 +92,8 @@ class StopAfter(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._left = self.steps
+        if not self._left:
+            self.model.stop_training = True
 
     def on_train_batch_end(self, batch, logs=None):
         self._left -= 1

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import platform
@@ -37,7 +38,7 @@ import rich.table
 
 from diagconv_tf import files
 from diagconv_tf.step_timer import StepSummary
-from recipes.config import Config
+from recipes.config import BUILT_IN, Config
 from recipes.curves import draw_curves
 from recipes.input_wait import wait_share
 
@@ -52,8 +53,9 @@ class VariantResult:
 
     Args:
         name: Its lowering, `"stock"`, `"tune"` or a plan.
-        losses: Training loss of every step (mean over the batch).
-        test_accuracies: After each epoch, in [0, 1].
+        losses: Training loss of every step (mean over the batch); NaN where it
+            was lost.
+        test_accuracies: After each epoch, in [0, 1]; likewise.
         steps: Times of the steps since the training was last resumed; see
             `StepTimer`.
         step_seconds: Every time that counts, for the picture.
@@ -81,8 +83,9 @@ class VariantResult:
         return wait_share(self.steps.step_median_seconds, self.without_input_seconds)
 
     def loss_differences(self, other: VariantResult) -> np.ndarray:
-        """Absolute difference of the two losses at each step."""
-        return np.abs(np.subtract(self.losses, other.losses))
+        """Absolute difference of the two losses at each step that both have."""
+        steps = min(len(self.losses), len(other.losses))
+        return np.abs(np.subtract(self.losses[:steps], other.losses[:steps]))
 
     def to_json(self) -> str:
         """The text of a file in `results/`."""
@@ -120,7 +123,7 @@ class RunReport:
     skipped_files: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
-        """One per variant: the numbers of the table, times in seconds."""
+        """One per variant: the numbers of the table, times in seconds; None where unknown."""
         first = self.variants[0]
         rows = []
         for variant in self.variants:
@@ -130,9 +133,9 @@ class RunReport:
                     "variant": variant.name,
                     **dataclasses.asdict(variant.steps),
                     "input_wait": variant.input_wait,
-                    "test_accuracy": variant.test_accuracy,
-                    "loss_difference": float(differences.max()),
-                    "early_loss_difference": float(differences[:EARLY_STEPS].max()),
+                    "test_accuracy": _known(variant.test_accuracy),
+                    "loss_difference": _largest(differences),
+                    "early_loss_difference": _largest(differences[:EARLY_STEPS]),
                     "choice": variant.choice,
                 }
             )
@@ -200,6 +203,10 @@ class RunReport:
             table.add_row(*cells)
         console.print(table)
 
+    def precision(self) -> str:
+        """The dtype policy of the layers; those of a file have their own."""
+        return self.config.dtype_policy if self.config.model in BUILT_IN else "the file's dtypes"
+
     def to_markdown(self) -> str:
         """The text of `report.md`."""
         config = self.config
@@ -207,7 +214,7 @@ class RunReport:
             f"# {config.name}",
             "",
             f"{config.model} on {config.dataset}, {config.image_size} pixels, batch "
-            f"{config.batch_size}, {config.epochs} epochs, {config.dtype_policy}; "
+            f"{config.batch_size}, {config.epochs} epochs, {self.precision()}; "
             f"{', '.join(self.environment.values())}.",
             "",
             _markdown_row(self.headings()),
@@ -250,6 +257,16 @@ def environment() -> dict[str, str]:
         "machine": f"{platform.machine()} with {os.cpu_count()} cores",
         "python": f"Python {platform.python_version()}",
     }
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _largest(values: np.ndarray) -> float | None:
+    """Without those that are NaN."""
+    known = values[~np.isnan(values)]
+    return float(known.max()) if known.size else None
 
 
 def _markdown_row(cells: list[str]) -> str:

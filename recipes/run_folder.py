@@ -9,8 +9,10 @@ import math
 import pathlib
 import shutil
 
+from absl import logging
+
 from diagconv_tf import files
-from recipes.config import Config
+from recipes.config import BUILT_IN, Config
 
 #: Settings that do not decide what is computed, but for rounding: they may differ
 #: from the interrupted run's, so that it can go on where there are fewer devices.
@@ -42,12 +44,12 @@ def open_run_folder(config: Config) -> pathlib.Path:
 
     It is `output_dir/name`. If that exists, with `resume` the run goes on in
     it, with `overwrite` it is removed, and else the folder is `name-2` and so
-    on.
+    on. That is the name in `config.json`, with which the run can be resumed.
 
     Raises:
         ValueError: If it cannot be made or written; if what is to be
-            overwritten is no folder of results; or if the run that is to go
-            on has other settings.
+            overwritten is no folder of results, or has what the run needs; or
+            if the run that is to go on has other settings.
     """
     root = pathlib.Path(config.output_dir).expanduser()
     folder = root / config.name
@@ -61,6 +63,12 @@ def open_run_folder(config: Config) -> pathlib.Path:
                 f"Expected --overwrite to replace the results of a run. Received: {folder}, "
                 "which has no config.json"
             )
+        lost = [path for path in _inputs(config) if _is_inside(path, folder)]
+        if lost:
+            raise ValueError(
+                f"Expected --overwrite of a folder without what the run needs. Received: {folder}, "
+                f"with {', '.join(lost)}"
+            )
         shutil.rmtree(folder)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -70,6 +78,7 @@ def open_run_folder(config: Config) -> pathlib.Path:
                 break
             except FileExistsError:
                 folder = root / f"{config.name}-{number}"
+        config = dataclasses.replace(config, name=folder.name)
         files.write_text(folder / "config.json", config.to_json())
     except OSError as error:
         raise ValueError(
@@ -79,13 +88,37 @@ def open_run_folder(config: Config) -> pathlib.Path:
     return folder
 
 
+def resume_flags(config: Config, folder: pathlib.Path) -> str:
+    """What to add to a command to go on with its run.
+
+    Args:
+        config: what the command says.
+        folder: of the run.
+    """
+    return "--resume" if folder.name == config.name else f"--name={folder.name} --resume"
+
+
+def _inputs(config: Config) -> list[str]:
+    """Files and folders that the run reads, as they are given."""
+    model = [] if config.model in BUILT_IN else [config.model]
+    plans = [name for name in config.variants if name.endswith(".json")]
+    folder = config.dataset.removeprefix("folder:")
+    images = [folder] if folder != config.dataset else []
+    records = [config.data_dir] if config.data_dir else []
+    return [*model, *plans, *images, *records]
+
+
+def _is_inside(path: str, folder: pathlib.Path) -> bool:
+    return pathlib.Path(path).expanduser().resolve().is_relative_to(folder.resolve())
+
+
 @dataclasses.dataclass(frozen=True)
 class Progress:
     """What `metrics.jsonl` tells of a variant.
 
     Attributes:
-        losses: of each step.
-        test_accuracies: after each epoch.
+        losses: of each step; NaN where the file has none.
+        test_accuracies: after each epoch; likewise.
     """
 
     losses: tuple[float, ...] = ()
@@ -99,18 +132,18 @@ def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) ->
     and will be made again. So is the test in the middle of an epoch with which a
     trial of some steps ended.
 
+    Checkpoints are on the disk before the lines are, and where the disk is full
+    only lines may be missing. So one that is missing is no error.
+
     Args:
         path: of `metrics.jsonl`; it need not exist.
         variant: a name.
         steps: those before the checkpoint.
         epochs: those finished before it.
-
-    Raises:
-        ValueError: if there are fewer: the file is not that of the checkpoint.
     """
     kept: list[str] = []
-    losses: list[float] = []
-    accuracies: list[float] = []
+    losses: dict[int, float] = {}
+    accuracies: dict[int, float] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             event = json.loads(line)
@@ -120,22 +153,26 @@ def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) ->
             if event.get("step", math.inf) > steps:
                 continue
             if event["event"] == "step":
-                losses.append(event["loss"])
+                losses[event["step"]] = event["loss"]
             elif event["epoch"] >= epochs:
                 continue
             else:
-                accuracies.append(event["val_accuracy"])
+                accuracies[event["epoch"]] = event["val_accuracy"]
         kept.append(line)
-    if len(losses) < steps:
-        raise ValueError(
-            f"Expected {path} to have the losses of the {steps} steps before the checkpoint of "
-            f"{variant}. Received: {len(losses)}"
+    if len(losses) < steps or len(accuracies) < epochs:
+        logging.warning(
+            "%s has %d of the %d losses and %d of the %d test accuracies before the checkpoint of "
+            "%s; the report goes without the others",
+            *(path, len(losses), steps, len(accuracies), epochs, variant),
         )
     if kept:
         files.write_text(path, "\n".join(kept))
     else:
         path.unlink(missing_ok=True)
-    return Progress(tuple(losses), tuple(accuracies))
+    return Progress(
+        tuple(losses.get(step, math.nan) for step in range(1, steps + 1)),
+        tuple(accuracies.get(epoch, math.nan) for epoch in range(epochs)),
+    )
 
 
 def _check_same_settings(path: pathlib.Path, config: Config) -> None:
@@ -146,6 +183,8 @@ def _check_same_settings(path: pathlib.Path, config: Config) -> None:
             f"Expected --resume to go on with a run, whose settings are in {path}. "
             f"Received: {error}"
         ) from error
+    # A setting that is newer than the run had its default.
+    before = {**json.loads(Config().to_json()), **before}
     now = json.loads(config.to_json())
     different = [
         f"{field.name} was {before.get(field.name)!r}, is {now[field.name]!r}"

@@ -12,6 +12,7 @@ says which files. A run that was interrupted goes on with `--resume`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
@@ -30,7 +31,7 @@ from recipes.averaging import (
     finalize_averages,
     stop_averaging,
 )
-from recipes.checkpoints import Checkpoints
+from recipes.checkpoints import Checkpoints, weights_digest
 from recipes.config import (
     BUILT_IN,
     Config,
@@ -40,7 +41,7 @@ from recipes.config import (
     load_config,
     parse_flags,
 )
-from recipes.distributing import Distribution, divide_cpu
+from recipes.distributing import Distribution, divide_cpu, synchronize_batch_norms
 from recipes.finetuning import load_start
 from recipes.fitting import fit_from
 from recipes.input_wait import seconds_without_input
@@ -53,7 +54,13 @@ from recipes.optimizers import average_momentum, compile_model
 from recipes.profiling import Profile
 from recipes.recording import MetricsLog, StopAfter, TensorBoardLog
 from recipes.report import RunReport, VariantResult, environment
-from recipes.run_folder import Progress, open_run_folder, progress_until, shared_settings
+from recipes.run_folder import (
+    Progress,
+    open_run_folder,
+    progress_until,
+    resume_flags,
+    shared_settings,
+)
 from recipes.variants import Variant
 
 CONFIG = flags.DEFINE_string(
@@ -107,21 +114,29 @@ def run_recipe(
             shuffle_buffer=config.shuffle_buffer,
         )
         data.steps_per_epoch(images, config.batch_size)
-        distribution.processes.agree("images", f"{images.train.count} {images.test.count}")
+        distribution.processes.agree("images", images.digest())
         with distribution.scope():
             model = build_model(config, images, distribution)
+        if config.model not in BUILT_IN:
+            distribution.processes.agree(f"weights in {config.model}", weights_digest(model))
         folder = str(open_run_folder(config)) if distribution.is_first else ""
         folder = pathlib.Path(distribution.processes.from_first(folder))
     except (ValueError, OSError) as error:
         raise RecipeError(str(error)) from error
-    logging.info("The results will be in %s", folder)
+    flags_to_resume = resume_flags(config, folder)
+    logging.info("The results will be in %s; to go on with them: %s", folder, flags_to_resume)
+    config = dataclasses.replace(config, name=folder.name)
     logging.info("%s", inspect_model(model, config.batch_size))
     results = []
     with distribution.scope():
         for variant in variants:
-            model, result = train_variant(
-                config, images, variant, folder, distribution, verbose=verbose
-            )
+            try:
+                model, result = train_variant(
+                    config, images, variant, folder, distribution, verbose=verbose
+                )
+            except TrainingInterrupted as interruption:
+                interruption.flags = flags_to_resume
+                raise
             results.append(result)
         jit_compile = bool(model.jit_compile)
         # The last variant, in stock layers again.
@@ -176,14 +191,14 @@ def train_variant(
         The trained model, and what was measured.
 
     Raises:
-        RecipeError: If processes have different plans or checkpoints.
+        RecipeError: If a checkpoint cannot be read or is of another model, or
+            processes have different plans or checkpoints.
     """
     others, is_first = distribution.processes, distribution.is_first
     steps_per_epoch = data.steps_per_epoch(images, config.batch_size)
     steps = config.epochs * steps_per_epoch
     if config.max_steps is not None:
         steps = min(steps, config.max_steps)
-    epochs = -(-steps // steps_per_epoch)
     result_file = folder / "results" / f"{variant.file_name}.json"
     metrics_file = folder / "metrics.jsonl" if is_first else pathlib.Path(os.devnull)
     checkpoints = Checkpoints(folder / "checkpoints" / variant.file_name)
@@ -199,13 +214,16 @@ def train_variant(
         plan.save(folder / "plans" / f"{variant.file_name}.json", overwrite=True)
     # The same dropout for all: on PyTorch it has no generator of its own.
     keras.utils.set_random_seed(config.seed)
-    start = checkpoints.restore(model)
-    steps_done = start.step if start else 0
     try:
+        start = checkpoints.restore(model)
+        steps_done = start.step if start else 0
         others.agree("lowering or plan", plan.to_json() if plan else str(variant.lowering))
         others.agree(f"checkpoint in {folder}", str(steps_done))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise RecipeError(str(error)) from error
+    # With a lower `max_steps` than before there is nothing to train, but a test may be missing.
+    steps = max(steps, steps_done)
+    epochs = -(-steps // steps_per_epoch)
     # One that was ended by a lower `max_steps` has a result too, and goes on.
     is_done = others.from_first("done" if steps_done >= steps and result_file.exists() else "")
     if is_done:
@@ -234,8 +252,7 @@ def train_variant(
         log = MetricsLog(variant.name, file, progress, start.record if start else {})
         callbacks = [timer, log]
         if config.max_steps is not None:
-            # One, where the test after the last step is all that is missing.
-            callbacks.append(StopAfter(max(1, steps - steps_done)))
+            callbacks.append(StopAfter(steps - steps_done))
         callbacks += optional_callbacks(config, variant, folder, timer, is_first)
         fit_from(
             model,
@@ -348,7 +365,8 @@ def _built_in(config: Config, images: data.ImageData) -> keras.Model:
 
 
 def without_training_state(model: keras.Model) -> keras.Model:
-    """`model` as it is saved for others: its optimizer and schedule are the recipe's."""
+    """`model` as it is saved for others: optimizer, schedule and devices are the recipe's."""
+    synchronize_batch_norms(model, False)
     model.compiled = False
     model.optimizer = None
     return model
@@ -391,14 +409,15 @@ def main(argv: list[str]) -> None:
         others = processes.Processes.join(group)
     except (ValueError, OSError) as error:
         exit_with_line(str(error), code=1)
-    try:
-        report = run_recipe(config, others, verbose=1)
-    except (RecipeError, NonFiniteLossError) as error:
-        others.end_with_line(str(error), code=1)
-    except TrainingInterrupted as interruption:
+    with others.ending_together():
+        try:
+            report = run_recipe(config, others, verbose=1)
+        except (RecipeError, NonFiniteLossError) as error:
+            others.end_with_line(str(error), code=1)
+        except TrainingInterrupted as interruption:
+            others.leave()
+            exit_with_line(str(interruption), code=EXIT_INTERRUPTED)
         others.leave()
-        exit_with_line(str(interruption), code=EXIT_INTERRUPTED)
-    others.leave()
     if others.is_first:
         report.print()
         print(f"Results: {report.folder}")

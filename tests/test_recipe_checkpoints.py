@@ -451,6 +451,23 @@ def test_a_damaged_checkpoint_is_passed_over(damage, trained, tmp_path, caplog):
     ]
 
 
+@pytest.mark.parametrize("error", [OSError("stale handle"), MemoryError()], ids=repr)
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(error, trained, tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path)
+    for step in (1, 2):
+        path = store.save(Snapshot.of(trained(), Checkpoint(step)))
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        # What reads a file, and what makes arrays of it.
+        patch.setattr(*(("pathlib.Path.read_bytes", fail) if error.args else (np, "load", fail)))
+        store.restore(trained())
+    assert store.paths()[-1] == path
+    assert store.restore(trained()).step == 2
+
+
 def test_where_all_are_damaged_nothing_begins_anew_unasked(trained, tmp_path):
     store = Checkpoints(tmp_path)
     truncate(store.save(Snapshot.of(trained(), Checkpoint(1))))
@@ -519,9 +536,29 @@ def test_a_loss_that_is_no_number_stops_at_once(tmp_path):
     ):
         assert part in message
     assert "bfloat16" not in message
+    # `--resume` refuses other settings.
+    assert "another --name" in message
     start = Checkpoints(tmp_path).restore(model)
     assert start.step == STEPS
     assert all(np.isfinite(value).all() for value in state(model))
+
+
+@pytest.mark.parametrize(("at", "signalled"), [(2 * STEPS, False), (STEPS + 2, True)])
+def test_weights_that_are_no_numbers_are_not_saved(at, signalled, tmp_path):
+    model = make_model(keras.optimizers.SGD(0.25))
+
+    def action(interruption):
+        """As a step whose gradients overflow: its loss was finite."""
+        if BACKEND == "jax":
+            model.jax_state_sync()
+        weight = model.trainable_variables[0]
+        weight.assign(np.full(weight.shape, np.nan, "float32"))
+        if signalled:
+            interrupt(interruption)
+
+    with pytest.raises(NonFiniteLossError, match=f"Weights are NaN .* after step {at}, in epoch 2"):
+        train(model, tmp_path, at=at, action=action)
+    assert [path.name for path in tmp_path.iterdir()] == [f"step-{STEPS:08}.npz"]
 
 
 def test_the_loss_is_looked_at_every_so_many_steps_and_before_saving(tmp_path):

@@ -12,11 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 
 import keras
 import numpy as np
+import PIL.Image
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 
 from diagconv_tf.distribution import Replicas
 from recipes import data, models, processes, train
@@ -104,9 +107,8 @@ def test_a_batch_that_replicas_do_not_divide_is_refused():
 
 
 def settings(folder, **changes):
-    return dataclasses.replace(
-        tiny_config.get_config(), epochs=2, output_dir=str(folder), overwrite=True, **changes
-    )
+    values = {"epochs": 2, "output_dir": str(folder), "overwrite": True, **changes}
+    return dataclasses.replace(tiny_config.get_config(), **values)
 
 
 def command(folder, *arguments):
@@ -162,6 +164,9 @@ def test_two_devices_train_as_one(tiny, tmp_path):
     assert report["restored_accuracy"] == pytest.approx(one.restored_accuracy, abs=2 / 360)
     assert report["restored_accuracy"] == report["variants"][-1]["test_accuracy"]
     devices = report["environment"]["devices"]
+    with zipfile.ZipFile(tmp_path / "two" / "model.keras") as file:
+        # Or it could be loaded on TensorFlow only.
+        assert b'"synchronized": true' not in file.read("config.json")
     if BACKEND == "tensorflow":
         assert devices.startswith("2 devices (MirroredStrategy), without XLA")
         assert (tmp_path / "two" / "saved_model").is_dir()
@@ -190,6 +195,43 @@ def test_strategies_and_xla_are_refused_together():
 def test_strategies_and_accumulation_are_refused_together():
     with pytest.raises(ValueError, match="--gradient_accumulation=1.*Received: 4"):
         Distribution.start(Config(distribution="data_parallel", gradient_accumulation=4))
+
+
+@pytest.mark.backends("tensorflow", "jax")
+def test_one_device_needs_no_distribution(monkeypatch):
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        devices = tf.config.list_logical_devices("CPU")
+        monkeypatch.setattr(
+            tf.config, "list_logical_devices", lambda kind: devices[:1] if kind == "CPU" else []
+        )
+    else:
+        devices = keras.distribution.list_devices()
+        monkeypatch.setattr(keras.distribution, "list_devices", lambda: devices[:1])
+    found = Distribution.start(Config(distribution="data_parallel", dataset="synthetic"))
+    assert found.strategy is None
+    assert found.replicas == Replicas()
+    assert found.describe() == "one device"
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("before", [True, False])
+def test_batch_norms_are_synchronized_under_a_strategy_alone(before):
+    inputs = keras.Input((4, 4, 3))
+    norm = keras.layers.BatchNormalization(synchronized=before)
+    model = keras.Model(inputs, keras.Sequential([norm])(inputs))
+    mirrored = Distribution(strategy=object())
+    for distribution, wanted, expected in (
+        (mirrored, True, True),
+        (mirrored, False, False),
+        (Distribution(), True, False),
+    ):
+        distribution.prepare(model, Config(sync_batch_norm=wanted))
+        assert norm.synchronized is expected
+    mirrored.prepare(model, Config())
+    # What is saved can be loaded on every backend.
+    assert '"synchronized": true' not in train.without_training_state(model).to_json()
 
 
 def test_processes_need_a_distribution():
@@ -310,6 +352,72 @@ def test_who_does_not_come_is_waited_for_in_vain():
         first.connect("127.0.0.1", 0, 0.1)
 
 
+def test_whoever_cannot_connect_names_the_port():
+    host, port = free_address().split(":")
+    with pytest.raises(OSError, match=f"process 0 to be reached at {host}:{port} as well"):
+        Liveness(1, 2).connect(host, int(port), 1.0)
+
+
+@pytest.mark.backends("jax")
+def test_steps_are_counted_through_all_variants(monkeypatch):
+    from jax.experimental import multihost_utils
+
+    asked = []
+    ask = lambda step: asked.append(step) or step == 5  # noqa: E731
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", ask)
+    together = Processes(0, 2)
+    for steps in (range(1, 4), range(501, 503)):  # The second one goes on from step 500.
+        with together.interruption() as interruption:
+            found = [interruption.asked(step) for step in steps]
+            assert interruption.asked() == found[-1]
+    assert asked == [1, 2, 3, 4, 5]
+    assert found == [False, True]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full")], ids=repr)
+def test_whatever_ends_a_process_is_noticed_by_the_others(error, monkeypatch, capsys):
+    def ended(code):
+        raise EndedError(code)
+
+    monkeypatch.setattr(os, "_exit", ended)
+    together = Processes(0, 2)
+    with connected(2) as (everyone, _):
+        together._liveness = everyone[0]
+        with pytest.raises(EndedError, match="1"), together.ending_together():
+            raise error
+    written = capsys.readouterr().err
+    assert "Traceback" in written
+    assert last_line(written).startswith(f"error: {type(error).__name__}")
+    with pytest.raises(type(error)), Processes().ending_together():
+        raise error
+
+
+class EndedError(Exception):
+    pass
+
+
+def test_main_lets_nothing_pass_by(monkeypatch):
+    """Errors of all kinds come to `ending_together`."""
+    seen = []
+
+    @contextlib.contextmanager
+    def ending_together(self):
+        try:
+            yield
+        except BaseException as error:
+            seen.append(error)
+            raise
+
+    def fail(*_, **__):
+        raise RuntimeError("in one process")
+
+    monkeypatch.setattr(Processes, "ending_together", ending_together)
+    monkeypatch.setattr(train, "run_recipe", fail)
+    with flagsaver.flagsaver(), pytest.raises(RuntimeError):
+        train.main(train.parse_flags(["train"]))
+    assert [str(error) for error in seen] == ["in one process"]
+
+
 def free_address():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -360,16 +468,17 @@ def last_line(output):
 def test_processes_that_are_ended_go_on_and_train_as_one(tiny, tmp_path):
     """Terminated, killed, and to the end: the losses of one device."""
     whole = train.run_recipe(
-        dataclasses.replace(tiny_config.get_config(), name="one", output_dir=str(tmp_path)),
-        verbose=0,
+        settings(tmp_path, name="one", epochs=16, compare=("stock", "shifted")), verbose=0
     )
     checkpoints = tmp_path / "tiny" / "checkpoints" / "shifted"
 
     def saved():
         return {path.name for path in checkpoints.glob("step-*.npz")}
 
-    group = start_group(tmp_path)
-    wait_for(saved, group)
+    both = ("--epochs=16", "--compare=stock,shifted")
+    group = start_group(tmp_path, *both)
+    # Between the variants, or in the first steps of the second one.
+    wait_for((tmp_path / "tiny" / "results" / "stock.json").exists, group)
     group[1].send_signal(signal.SIGTERM)
     codes, outputs = finish(group)
     assert codes == [75, 75], outputs
@@ -377,7 +486,7 @@ def test_processes_that_are_ended_go_on_and_train_as_one(tiny, tmp_path):
     steps = [re.search(r"Interrupted by SIGTERM after step (\d+)\.", line)[1] for line in lines]
     assert steps[0] == steps[1]
 
-    group = start_group(tmp_path, "--resume")
+    group = start_group(tmp_path, *both, "--resume")
     before = saved()
     wait_for(lambda: saved() - before, group)
     group[1].kill()
@@ -388,7 +497,7 @@ def test_processes_that_are_ended_go_on_and_train_as_one(tiny, tmp_path):
     assert "process 1 of 0 to 1 has ended, and the others with it" in last_line(outputs[0])
     assert "--resume" in last_line(outputs[0])
 
-    codes, outputs = finish(start_group(tmp_path, "--resume"))
+    codes, outputs = finish(start_group(tmp_path, *both, "--resume"))
     assert codes == [0, 0], outputs
     expected, found = losses(tmp_path / "one"), losses(tmp_path / "tiny")
     np.testing.assert_allclose(found["shifted"], expected["shifted"], rtol=1e-3)
@@ -398,6 +507,66 @@ def test_processes_that_are_ended_go_on_and_train_as_one(tiny, tmp_path):
     # One of them writes and prints.
     assert "Results:" in outputs[0]
     assert "Results:" not in outputs[1]
+
+
+class StoppedError(Exception):
+    pass
+
+
+def agreed(config, monkeypatch):
+    """What the processes of a run have to agree on, up to the first training."""
+    found = {}
+
+    def stop(*_, **__):
+        raise StoppedError
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr(Processes, "agree", lambda self, *pair: found.update([pair]))
+        patch.setattr(train, "train_variant", stop)
+        train.run_recipe(config, verbose=0)
+    return found
+
+
+def write_images(folder, names=("a/1.png", "a/2.png", "b/1.png", "b/2.png")):
+    for name in names:
+        for part in ("train", "test"):
+            path = folder / part / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.new("RGB", (40, 40)).save(path)
+    return f"folder:{folder}"
+
+
+def test_processes_with_other_images_are_refused(tiny, tmp_path, monkeypatch):
+    def images(name, *names):
+        dataset = write_images(tmp_path / "images" / name, *names)
+        return agreed(
+            settings(tmp_path, name=name, dataset=dataset, batch_size=2, epochs=1), monkeypatch
+        )["images"]
+
+    expected = images("one")
+    assert images("elsewhere") == expected
+    for name, names in {
+        "files": ("a/1.png", "a/3.png", "b/1.png", "b/2.png"),
+        "labels": ("a/1.png", "b/2.png", "b/1.png", "b/3.png"),
+        "classes": ("a/1.png", "a/2.png", "c/1.png", "c/2.png"),
+    }.items():
+        assert images(name, names) != expected
+
+
+def test_processes_with_other_start_weights_are_refused(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "mine.keras"
+    model = tiny_config.network((32, 32, 3), 10)
+
+    def weights():
+        model.save(path)
+        found = agreed(settings(tmp_path, model=str(path), name="a"), monkeypatch)
+        return found[f"weights in {path}"]
+
+    expected = weights()
+    assert weights() == expected  # The file has another date.
+    weight = model.trainable_variables[-1]
+    weight.assign(weight + 1)
+    assert weights() != expected
 
 
 @pytest.mark.slow

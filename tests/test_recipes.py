@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import signal
@@ -21,8 +22,8 @@ from recipes.distributing import Distribution
 from recipes.finetuning import load_start
 from recipes.input_wait import seconds_without_input, wait_share
 from recipes.interruption import NonFiniteLossError, TrainingInterrupted
-from recipes.recording import StopAfter
-from recipes.report import VariantResult
+from recipes.recording import MetricsLog, StopAfter
+from recipes.report import RunReport, VariantResult, environment
 from recipes.run_folder import Progress, open_run_folder, progress_until
 from recipes.variants import Variant
 from tests.mocked_tfds import mocked_set
@@ -68,6 +69,10 @@ def test_config_files_are_named_and_documented(name):
         ({"name": "a/b"}, "plain folder name"),
         ({"compare": ("stock", "stock")}, "different lowerings"),
         ({"compare": "stock"}, "a list of strings"),
+        (
+            {"model": "a.keras", "dropout": 0.5, "stem": "imagenet"},
+            "defaults of stem, dropout: .*model='a.keras' with stem='imagenet', dropout=0.5",
+        ),
     ],
     ids=str,
 )
@@ -203,6 +208,42 @@ def test_weight_decay_spares_biases_and_batch_norms():
         )
 
 
+def test_weight_decay_can_spare_depthwise_kernels():
+    inputs = keras.Input((8, 8, 2))
+    x = keras.layers.SeparableConv2D(2, 3, use_bias=False, name="sep")(inputs)
+    block = keras.Sequential([keras.layers.DepthwiseConv2D(3, use_bias=False, name="dw")])
+    model = keras.Model(inputs, keras.layers.Conv2D(2, 1, use_bias=False, name="conv")(block(x)))
+    config = Config(weight_decay=0.5, warmup_fraction=0.0, decay_depthwise=False)
+    optimizers.compile_model(model, config, 10)
+    rewrite(model, "shifted", in_place=True)  # As the recipe does it.
+    for variable in model.trainable_variables:
+        variable.assign(np.ones(variable.shape))
+    zeros = [keras.ops.zeros(v.shape) for v in model.trainable_variables]
+    model.optimizer.apply(zeros, model.trainable_variables)
+    decayed = {
+        "/".join(v.path.split("/")[-2:]): bool(keras.ops.convert_to_numpy(v).mean() < 1)
+        for v in model.trainable_variables
+    }
+    assert decayed == {
+        "sep/depthwise_kernel": False,
+        "sep/pointwise_kernel": True,
+        "dw/kernel": False,
+        "conv/kernel": True,
+    }
+
+
+def test_a_run_goes_on_without_the_settings_that_are_newer(tmp_path):
+    config = Config(name="a", output_dir=str(tmp_path))
+    path = open_run_folder(config) / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["decay_depthwise"]
+    path.write_text(json.dumps(settings))
+    assert open_run_folder(dataclasses.replace(config, resume=True)) == path.parent
+    other = dataclasses.replace(config, resume=True, decay_depthwise=False)
+    with pytest.raises(ValueError, match="decay_depthwise was True, is False"):
+        open_run_folder(other)
+
+
 # A model of one's own
 
 
@@ -233,6 +274,46 @@ def test_a_model_from_a_file_gets_the_classes_of_the_data(make, new_layers, tmp_
 
 def pooled(x):
     return keras.layers.GlobalAveragePooling2D()(x)
+
+
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+def test_the_loss_of_a_model_in_half_precision_is_scaled(suffix, tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = depthwise_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model.save(tmp_path / f"mine.{suffix}")
+    loaded = load_start(str(tmp_path / f"mine.{suffix}"), (8, 8, 3), 4)
+    optimizers.compile_model(loaded, Config(), 10)
+    assert type(loaded.optimizer).__name__ == "LossScaleOptimizer"
+
+
+HEADS = {
+    "Dense": lambda x: keras.layers.Dense(3)(x),
+    "sigmoid": lambda x: keras.layers.Dense(3, activation="sigmoid")(x),
+    "softmax before it": lambda x: keras.layers.Dense(3)(keras.layers.Softmax()(x)),
+}
+PROBABILITIES = {
+    "Dense": lambda x: keras.layers.Dense(3, activation="softmax")(x),
+    "Softmax": lambda x: keras.layers.Softmax()(x),
+    "Activation": lambda x: keras.layers.Activation("softmax")(x),
+    "operation": lambda x: keras.ops.softmax(x),
+    "nested": lambda x: keras.Sequential([keras.layers.Dense(3, activation="softmax")])(x),
+}
+
+
+@pytest.mark.parametrize("head", [*HEADS.items(), *PROBABILITIES.items()], ids=lambda x: x[0])
+def test_only_probabilities_are_kept_as_outputs(head, tmp_path):
+    name, make = head
+    path = str(tmp_path / "mine.keras")
+    inputs = keras.Input((8, 8, 3))
+    keras.Model(inputs, make(pooled(inputs))).save(path)
+    if make is PROBABILITIES.get(name):
+        load_start(path, (8, 8, 3), 3)
+        return
+    with pytest.raises(ValueError, match="3 outputs to end in a softmax.*ends in Dense"):
+        load_start(path, (8, 8, 3), 3)
 
 
 def test_models_that_do_not_fit_are_refused(tmp_path):
@@ -414,7 +495,6 @@ def test_every_config_trains(name, tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.variants.tune", lambda model, _: Plan.of_model(model))
     config = dataclasses.replace(
         load_config(name),
-        width_multiplier=0.25,
         image_size=32,
         batch_size=6,
         max_steps=2,
@@ -436,6 +516,8 @@ def test_every_config_trains(name, tmp_path, monkeypatch):
             )
         elif config.dataset != "digits":
             stack.enter_context(mocked_set(config.dataset, tmp_path))
+        if config.model in config_module.BUILT_IN:
+            config = dataclasses.replace(config, width_multiplier=0.25)
         report = train.run_recipe(config, verbose=0)
     (result,) = report.variants
     assert len(result.losses) == 2
@@ -499,6 +581,41 @@ def test_a_trial_goes_on(tmp_path, monkeypatch):
     assert [v.test_accuracies for v in resumed.variants] == [
         v.test_accuracies for v in whole.variants
     ]
+
+
+def test_a_trial_that_was_interrupted_at_its_end_trains_no_further_step(tmp_path, monkeypatch):
+    # Four steps an epoch.
+    config = small(monkeypatch, tmp_path, compare=("stock", "shifted"), epochs=2, max_steps=6)
+    whole = train.run_recipe(dataclasses.replace(config, name="whole"), verbose=0)
+    config = dataclasses.replace(config, name="broken")
+    calls = itertools.count(1)
+    # The second test is that after the sixth step.
+    ending = interrupt_after(
+        MetricsLog, "on_test_begin", lambda: next(calls) == 2 and give_signal()
+    )
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted) as caught:
+        patch.setattr(MetricsLog, "on_test_begin", ending)
+        train.run_recipe(config, verbose=0)
+    assert caught.value.step == 6
+    resumed = train.run_recipe(dataclasses.replace(config, resume=True), verbose=0)
+    assert [v.losses for v in resumed.variants] == [v.losses for v in whole.variants]
+    found, expected = ([v.test_accuracies for v in r.variants] for r in (resumed, whole))
+    assert found == expected
+
+
+def give_signal():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def interrupt_after(kind, name, interrupt):
+    """What the method does, and then `interrupt`."""
+    former = getattr(kind, name)
+
+    def both(*arguments, **values):
+        former(*arguments, **values)
+        interrupt()
+
+    return both
 
 
 def test_variants_have_files_of_their_own(tmp_path):
@@ -593,10 +710,42 @@ def test_progress_is_read_up_to_the_checkpoint(tmp_path):
     path.write_text(text)
     assert progress_until(path, "a", 2, 1) == Progress((3.0, 2.0), (0.5,))
     assert path.read_text().splitlines() == text.splitlines()[:4]
-    with pytest.raises(ValueError, match="losses of the 3 steps.*Received: 2"):
-        progress_until(path, "a", 3, 1)
     assert progress_until(path, "a", 0, 0) == Progress()
     assert path.read_text().splitlines() == text.splitlines()[3:4]
+
+
+def test_lines_that_were_lost_are_unknown_and_no_error(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    events = [
+        {"event": "step", "variant": "a", "step": 1, "loss": 3.0},
+        {"event": "step", "variant": "a", "step": 3, "loss": 1.0},
+        {"event": "epoch", "variant": "a", "step": 4, "epoch": 1, "val_accuracy": 0.5},
+    ]
+    path.write_text("\n".join(map(json.dumps, events)))
+    with caplog.at_level("WARNING"):
+        found = progress_until(path, "a", 4, 2)
+    np.testing.assert_array_equal(found.losses, [3.0, np.nan, 1.0, np.nan])
+    np.testing.assert_array_equal(found.test_accuracies, [np.nan, 0.5])
+    assert "2 of the 4 losses and 1 of the 2 test accuracies" in caplog.text
+
+
+@pytest.mark.parametrize("accuracies", [(0.5, 0.75), (0.5, np.nan)], ids=str)
+def test_reports_of_variants_of_other_lengths_and_with_lost_losses(accuracies, tmp_path):
+    longer = VariantResult("a", (3.0, np.nan, 1.0, 0.5), (0.5, 0.75), summary(), (0.1,))
+    shorter = VariantResult("b", (3.5, 2.0, 1.25), accuracies, summary(), (0.1,))
+    lost = VariantResult("c", (np.nan,), (np.nan,), summary(), ())
+    report = RunReport(Config(), tmp_path, environment(), (longer, shorter, lost))
+    report.write()
+
+    def refuse(constant):
+        pytest.fail(f"{constant} is no JSON")
+
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    rows = read["variants"]
+    assert [row["loss_difference"] for row in rows] == [0, 0.5, None]
+    assert rows[1]["test_accuracy"] == (None if np.isnan(accuracies[-1]) else 0.75)
+    assert "nan" not in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_a_test_within_an_epoch_is_no_progress(tmp_path):
@@ -630,6 +779,38 @@ def test_results_are_not_overwritten_unasked(tmp_path):
     assert open_run_folder(overwriting) == first
     assert not (first / "kept").exists()
     assert second.exists()
+
+
+def test_a_run_of_another_folder_can_be_resumed(tmp_path, monkeypatch):
+    config = small(monkeypatch, tmp_path, name="a", epochs=1)
+    open_run_folder(config)
+    ending = interrupt_after(MetricsLog, "on_train_batch_end", give_signal)
+    with monkeypatch.context() as patch, pytest.raises(TrainingInterrupted) as caught:
+        patch.setattr(MetricsLog, "on_train_batch_end", ending)
+        train.run_recipe(config, verbose=0)
+    assert f"with --name=a-2 --resume goes on from {tmp_path / 'a-2'}" in str(caught.value)
+    report = train.run_recipe(dataclasses.replace(config, name="a-2", resume=True), verbose=0)
+    assert report.folder == tmp_path / "a-2"
+    assert [len(v.losses) for v in report.variants] == [4]
+
+
+INPUTS = {
+    "model": {"model": "DIR/model.keras"},
+    "plan": {"compare": ("stock", "DIR/plans/tune.json")},
+    "images": {"dataset": "folder:DIR/images"},
+    "records": {"data_dir": "DIR/../a"},
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_what_a_run_needs_is_not_overwritten(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = open_run_folder(Config(name="a"))
+    text = json.dumps(INPUTS[name]).replace("DIR", str(tmp_path / "runs" / "a"))
+    config = Config(name="a", overwrite=True, **json.loads(text))
+    with pytest.raises(ValueError, match="--overwrite of a folder without what the run needs"):
+        open_run_folder(config)
+    assert (folder / "config.json").exists()
 
 
 def test_only_results_are_overwritten(tmp_path):

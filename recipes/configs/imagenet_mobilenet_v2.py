@@ -1,11 +1,14 @@
-"""MobileNetV2 of full width on ImageNet, 224 pixels, as published.
+"""MobileNetV2 of full width on ImageNet, 224 pixels, nearly as published.
 
 Source:    optimizer, batch 96 on each of 16 devices, learning rate 0.045 times
            0.98 every epoch, and weight decay 4e-5, Sandler et al., arXiv
            1801.04381, section 6.1. Epsilon, dropout and label smoothing, which
            it does not tell: `mobilenet_imagenet` of github.com/tensorflow/models.
-           One device here, so that the batch is that of one of theirs; weight
-           decay is decoupled, theirs is a part of the loss.
+           Ours: one device, so that the batch is that of one of theirs; weight
+           decay is decoupled, because Keras's is. Theirs is a part of the loss,
+           which RMSprop divides by the size of the gradients: no factor makes
+           one of the other, and the number is kept. Ours as well: averages of
+           weights with 0.9999, as in TF-slim's training of Inception.
 Data:      as `imagenet_mobilenet_v1`.
 Hardware:  one GPU of 16 GB or more.
 Time:      not run.

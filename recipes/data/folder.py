@@ -101,9 +101,9 @@ def _without_corrupt(root, class_names, parts, *, fail):
     logging.warning(
         "Left out %d of %d files, which cannot be decoded: %s", len(corrupt), len(every), named
     )
-    kept_parts = []
+    kept_parts, left_out = [], set(corrupt)
     for paths, labels in parts:
-        kept = [index for index, path in enumerate(paths) if path not in set(corrupt)]
+        kept = [index for index, path in enumerate(paths) if path not in left_out]
         empty = sorted(set(labels) - set(labels[kept]))
         if empty:
             raise ValueError(

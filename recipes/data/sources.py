@@ -14,6 +14,8 @@ with the bytes of a JPEG, PNG, BMP or GIF file.
 from __future__ import annotations
 
 import abc
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -72,6 +74,9 @@ class Examples(Protocol):
     def read(self, records: tf.Tensor) -> tf.Tensor:
         """The picture of a record. Stateless, for parallel maps."""
 
+    def digest(self) -> str:
+        """The same text for the same examples, on every machine, in little time."""
+
 
 class IndexedExamples(abc.ABC):
     """Examples that can be read in any order: a record is an index.
@@ -120,6 +125,10 @@ class IndexedExamples(abc.ABC):
     @abc.abstractmethod
     def read(self, records: tf.Tensor) -> tf.Tensor:
         """See `Examples`."""
+
+    def digest(self) -> str:
+        """See `Examples`. Of the labels, in their order."""
+        return hashlib.sha256(self.labels.tobytes()).hexdigest()
 
 
 class PixelExamples(IndexedExamples):
@@ -181,6 +190,12 @@ class FileExamples(IndexedExamples):
     def read(self, records: tf.Tensor) -> tf.Tensor:
         """See `Examples`."""
         return tf.io.read_file(tf.gather(self._paths, records))
+
+    def digest(self) -> str:
+        """See `Examples`. Of labels and paths within the folder that all are in."""
+        root = os.path.commonpath(self.paths)
+        names = "\0".join(os.path.relpath(path, root) for path in self.paths)
+        return hashlib.sha256(f"{super().digest()}{names}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,6 +284,10 @@ class StreamedExamples:
     def read(self, records: tf.Tensor) -> tf.Tensor:
         """See `Examples`."""
         return records
+
+    def digest(self) -> str:
+        """See `Examples`. The number of them alone."""
+        return str(self.count)
 
 
 def _with_int32_label(picture, label):

@@ -72,6 +72,10 @@ class SyntheticExamples:
     patterns: np.ndarray = field(repr=False)
     seed: int = 0
 
+    def digest(self) -> str:
+        """See `recipes.data.sources.Examples`."""
+        return str(self.count)
+
     def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Pixels, uint8 (count, size, size, 3), and labels, int32 (count,)."""
         rng = np.random.default_rng(self.seed)

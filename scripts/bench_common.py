@@ -162,7 +162,7 @@ def seed(number: int) -> None:
 def compiled(jit_compile: str) -> bool:
     """Whether `--jit_compile=auto|true|false` means a compiler here.
 
-    `auto` is Keras's choice (`Trainer.compile`): JAX always compiles,
+    `auto` is Keras's choice (`Trainer.compile`): JAX compiles,
     TensorFlow does on a GPU, PyTorch does not.
     """
     if jit_compile != "auto":
@@ -174,7 +174,7 @@ def compiled(jit_compile: str) -> bool:
 def why_not_compiled(jit_compile: str) -> str | None:
     """Why `--jit_compile` cannot be had here; None where it can."""
     if keras.backend.backend() == "jax" and not compiled(jit_compile):
-        return "Expected jit_compile=true on JAX, which always compiles. Received: false"
+        return "Expected jit_compile=true on JAX, which Keras else runs eagerly. Received: false"
     return None
 
 

@@ -100,7 +100,7 @@ LAYOUTS = flags.DEFINE_list("layouts", ["channels_last"], "channels_last, channe
 JIT_COMPILE = flags.DEFINE_list(
     "jit_compile",
     ["auto"],
-    "true, false, or auto: as Keras would. Only TensorFlow has a choice: JAX always compiles, "
+    "true, false, or auto: as Keras would. Only TensorFlow has a choice: JAX is compiled, "
     "and PyTorch's operations are not compiled here.",
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images.", 1)

@@ -63,6 +63,7 @@ from diagconv_tf import Conditions, ConvSpec, Plan, error_text, inspect_model, r
 from diagconv_tf.lowerings import Lowering, LoweringChoice, UniformChoice, parse
 from diagconv_tf.spec import PASSES
 from diagconv_tf.timing import Timings, time_interleaved
+from diagconv_tf.training_steps import TrainingSteps
 
 MODELS = flags.DEFINE_list("models", ["MobileNet", "MobileNetV2"], "keras.applications models.")
 VARIANTS = flags.DEFINE_list(
@@ -199,7 +200,7 @@ class Trainer:
             jit_compile=jit_compile,
         )
         self._batch = (x, y)
-        self._state: Any = None
+        self._steps = TrainingSteps(self.model, x, y)
         self._last: Any = None
         self.first_loss: float | None = None
         self.peak_memory: int | None = None
@@ -209,9 +210,8 @@ class Trainer:
         if self.first_loss is None:
             return self._first_step()
         for _ in range(steps):
-            self._last = self._step()
-        # On JAX a step's state is computed apart from its loss.
-        return self._last, self._state
+            self._last, state = self._steps.run()
+        return self._last, state
 
     def _first_step(self) -> None:
         loss, memory = bench_device.peak_memory(lambda: self.model.train_on_batch(*self._batch))
@@ -219,24 +219,6 @@ class Trainer:
         if keras.backend.backend() == "jax":
             # Its peak is since the start, so that a later step adds nothing.
             self.peak_memory = memory
-            self._state = self.model._get_jax_state(
-                trainable_variables=True,
-                non_trainable_variables=True,
-                optimizer_variables=True,
-                metrics_variables=True,
-            )
-
-    def _step(self) -> Any:
-        """What `fit` does for a batch: `train_on_batch` also reads the loss back
-        each time, and on JAX moves all variables.
-        """
-        data = (*self._batch, None)
-        backend = keras.backend.backend()
-        if backend == "jax":
-            # The old state is given away, the model's own variables with it.
-            logs, self._state = self.model.train_function(self._state, iter([data]))
-            return logs
-        return self.model.train_function([data] if backend == "torch" else iter([data]))
 
     def measure_memory(self, steps: int) -> None:
         if keras.backend.backend() != "jax":

@@ -6,10 +6,12 @@ import keras
 import numpy as np
 import pytest
 
-from diagconv_tf import Conditions
+from diagconv_tf import Conditions, ConvSpec
 from diagconv_tf.timing import synchronize
 from diagconv_tf.training_steps import TrainingSteps
 from diagconv_tf.tuning import measuring, training_bench
+from diagconv_tf.tuning.measuring import ProblemBench
+from diagconv_tf.tuning.problems import Problem
 from diagconv_tf.tuning.training_bench import TrainingBench
 from tests.numerics import BACKEND
 
@@ -59,4 +61,20 @@ def test_samples_on_a_device_of_its_own_are_of_several_steps(monkeypatch):
     # The first step and a sample; four more of a short one, after a step of their own.
     steps = training_bench.STEPS_ON_DEVICE
     assert len(counts) == 1 + steps + 1 + 4 * steps
-    assert measuring.CALLS_ON_DEVICE > 1
+
+
+def test_samples_of_one_layer_on_a_device_of_its_own_are_of_several_calls():
+    spec = ConvSpec(batch=2, height=4, width=4, groups=4, padding="same")
+    on_gpu = dataclasses.replace(Conditions.current(False), device_kind="gpu")
+    bench = ProblemBench(Problem(spec, "depthwise_conv"), on_gpu)
+    make, counts = bench._function, []
+
+    def counted(*args):
+        function = make(*args)
+        return lambda: counts.append(1) or function()
+
+    bench._function = counted
+    assert bench.measure("forward", ["native"], rounds=2)["native"].ok
+    calls = measuring.CALLS_ON_DEVICE
+    # As above; then, for the rounds, one call and two samples.
+    assert len(counts) == (1 + calls) + (1 + 4 * calls) + (1 + 2 * calls)

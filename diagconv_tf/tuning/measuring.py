@@ -17,7 +17,7 @@ from keras import ops
 
 from diagconv_tf.inspection import STOCK
 from diagconv_tf.lowerings import convolve, parse
-from diagconv_tf.measurements import Measured
+from diagconv_tf.measurements import WRONG_NUMBERS, Measured
 from diagconv_tf.spec import Conditions, ConvSpec
 from diagconv_tf.timing import time_interleaved
 from diagconv_tf.tuning.problems import Problem
@@ -29,8 +29,8 @@ ROUNDS = 15
 #: The rounds of one pass end after so many seconds (but not before the first).
 ROUNDS_SECONDS = 1.0
 
-#: Calls in a sample where the device is none of the host's own: it takes 5 to 500
-#: microseconds for one, and the host about as long to start it and to wait for it.
+#: Calls in a sample where the device is none of the host's own, because the host may
+#: take longer to start one and to wait for it than a GPU computes (not measured yet).
 CALLS_ON_DEVICE = 20
 
 #: What takes so many times as long as the best in its first samples is dropped.
@@ -169,7 +169,7 @@ class ProblemBench:
             error = error_of(name)
             if not error <= most:  # It may be NaN.
                 found[name] = Measured.failed(
-                    f"wrong numbers: relative error {error:.2e}, above {most:.2e}",
+                    f"{WRONG_NUMBERS}: relative error {error:.2e}, above {most:.2e}",
                     measured[name].first_seconds,
                 )
         return found

@@ -42,7 +42,7 @@ ROUNDS = 11
 ROUNDS_SECONDS = 30.0
 
 #: Steps in a sample where the device is none of the host's own: as in `fit`, the
-#: host is ahead of it.
+#: host is ahead of it. (No GPU has been measured yet.)
 STEPS_ON_DEVICE = 5
 
 #: A variant whose first timed steps took so many times as long as the best

@@ -4,6 +4,7 @@ Without changing what they compute: the layers here are Keras's own, with a
 choice of the exact way, the *lowering*, in which their convolutions run.
 """
 
+from diagconv_tf.environment import Conditions
 from diagconv_tf.exporting import ExportError, ExportReport, export
 from diagconv_tf.inspection import Inspection, inspect_model
 from diagconv_tf.layers import (
@@ -15,7 +16,7 @@ from diagconv_tf.lowerings import why_not
 from diagconv_tf.plan import Plan
 from diagconv_tf.rewriting import restore, rewrite
 from diagconv_tf.rules import DEFAULT_RULES, Rule
-from diagconv_tf.spec import Conditions, ConvSpec
+from diagconv_tf.spec import ConvSpec
 from diagconv_tf.step_timer import StepTimer
 from diagconv_tf.tuning import tune
 from diagconv_tf.weight_files import load_weights, save_weights

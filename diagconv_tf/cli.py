@@ -18,12 +18,13 @@ import keras
 from rich.console import Console
 
 from diagconv_tf import __version__, files, model_files
+from diagconv_tf.environment import Conditions
 from diagconv_tf.exporting import ExportError, export
-from diagconv_tf.inspection import STOCK, inspect_as_built, inspect_model
+from diagconv_tf.inspection import inspect_as_built, inspect_model
 from diagconv_tf.lowerings import ACCEPTED, DEFAULT_LOWERING, parse, why_not
 from diagconv_tf.plan import Plan
 from diagconv_tf.rewriting import restore, rewrite
-from diagconv_tf.spec import Conditions, ConvSpec
+from diagconv_tf.spec import STOCK, ConvSpec
 from diagconv_tf.tuning import tune
 from diagconv_tf.tuning.cache import ENVIRONMENT_VARIABLE, Cache, CacheEntry
 
@@ -336,7 +337,7 @@ def _info(options: argparse.Namespace) -> int:
     conditions = Conditions.current()
     example = ConvSpec(32, 56, 56, 128, padding="same")
     lowerings = {
-        name: why_not(example, name, conditions=conditions)
+        name: why_not(example, name)
         for name in ("native", "diagonal:32", "diagonal_grouped:32", "dense", "shifted")
     }
     if options.json:

@@ -9,7 +9,7 @@ few places where Keras keeps what must not be copied as it stands:
 
 - nodes of graphs that the model is no part of (`_link_graph`),
 - numbers that are the `id`s of objects (`_translate_ids`),
-- compiled functions and what the last call left behind (`RESET`, `EMPTIED`),
+- compiled functions and what the last call left behind (`RESET_ATTRIBUTES`, `EMPTIED_ATTRIBUTES`),
 - tables that live in the framework's runtime (`_copy_by_config`).
 """
 
@@ -17,45 +17,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import sys
 import tempfile
 import types
 from collections.abc import Iterator
 from typing import Any
 
 import keras
-from keras.src.ops.function import make_node_key
-from keras.src.ops.node import KerasHistory
 
-from diagconv_tf import plain_objects
-
-#: Attributes of models that Keras makes anew when it needs them: functions compiled
-#: for the model's own variables, and what exists only while `fit` runs.
-RESET = {
-    "train_function": None,
-    "test_function": None,
-    "predict_function": None,
-    "_eval_epoch_iterator": None,
-    "_jax_state": None,
-    "_jax_state_synced": True,
-}
-
-#: Lists and sets that start empty. `_link_graph` fills in the nodes; the losses of
-#: the last call may be tensors of a compiled function's graph.
-EMPTIED = ("_inbound_nodes", "_outbound_nodes", "_losses", "_loss_ids")
-
-#: Attributes of models, optimizers and variables that say how they are divided among
-#: devices, and what makes their values where they are not.
-DISTRIBUTION = {
-    "_distribute_strategy": lambda: None,
-    "_distribution_strategy": lambda: sys.modules["tensorflow"].distribute.get_strategy(),
-    "_layout": lambda: None,
-}
-
-#: Where TensorFlow lists the attributes that belong into a checkpoint.
-DEPENDENCIES = (
-    "_self_unconditional_checkpoint_dependencies",
-    "_self_unconditional_dependency_names",
+from diagconv_tf import keras_internals, plain_objects
+from diagconv_tf.keras_internals import (
+    CONTAINER_CACHE_ATTRIBUTE,
+    DEPENDENCY_ATTRIBUTES,
+    DISTRIBUTION_ATTRIBUTES,
+    EMPTIED_ATTRIBUTES,
+    HISTORY_ATTRIBUTE,
+    RESET_ATTRIBUTES,
 )
 
 #: Objects whose attributes are copied one by one. They have to be named because
@@ -131,7 +107,7 @@ class _Copier:
         # Keras are made empty when they are met, and filled in turn.
         self.unfilled: collections.deque[tuple[Any, Any]] = collections.deque()
         self.operations: list[tuple[Any, Any]] = []
-        self.tensors: list[tuple[keras.KerasTensor, KerasHistory]] = []
+        self.tensors: list[tuple[keras.KerasTensor, tuple[Any, int, int]]] = []
         self.functions: list[keras.Function] = []
         self.variables: list[tuple[keras.Variable, keras.Variable]] = []
         self.optimizers: list[tuple[Any, Any]] = []
@@ -150,7 +126,7 @@ class _Copier:
             return self.copies[id(original)]
         if isinstance(original, KERAS_TYPES):
             return self._copy_keras_object(original)
-        if plain_objects.is_tensorflow_container(original):
+        if keras_internals.is_tensorflow_container(original):
             return self._copy_tensorflow_container(original)
         if plain_objects.is_shared(original):
             return original
@@ -179,7 +155,7 @@ class _Copier:
         else:
             duplicate = self._remember(original, object.__new__(type(original)))
         if isinstance(original, (keras.Operation, keras.Function)):
-            for name in vars(original).keys() & set(EMPTIED):
+            for name in vars(original).keys() & set(EMPTIED_ATTRIBUTES):
                 # Now, because TensorFlow's list of dependencies has them too.
                 empty = type(vars(original)[name])([])
                 vars(duplicate)[name] = self._remember(vars(original)[name], empty)
@@ -196,28 +172,29 @@ class _Copier:
     def _fill(self, original: Any, duplicate: Any) -> None:
         attributes = vars(duplicate)
         # The dependencies last, so that a refusal names the user's own attribute.
-        names = sorted(vars(original), key=lambda name: name in DEPENDENCIES)
+        names = sorted(vars(original), key=lambda name: name in DEPENDENCY_ATTRIBUTES)
         for name in names:
             if name in attributes:
                 continue
             value = vars(original)[name]
             with _refusing(original, f"attribute `{name}`"):
-                if name in RESET and isinstance(original, keras.Model):
-                    attributes[name] = RESET[name]
-                elif name in DISTRIBUTION and not self.distributed:
-                    attributes[name] = DISTRIBUTION[name]()
-                elif name == "_keras_history":
+                if name in RESET_ATTRIBUTES and isinstance(original, keras.Model):
+                    attributes[name] = RESET_ATTRIBUTES[name]
+                elif name in DISTRIBUTION_ATTRIBUTES and not self.distributed:
+                    attributes[name] = DISTRIBUTION_ATTRIBUTES[name]()
+                elif name == HISTORY_ATTRIBUTE:
                     self._copy_producer(duplicate, value)
                 else:
-                    if name in DEPENDENCIES:
+                    if name in DEPENDENCY_ATTRIBUTES:
                         value = _without_reset(value)
                     attributes[name] = self.copy(value)
 
-    def _copy_producer(self, tensor: keras.KerasTensor, history: KerasHistory) -> None:
+    def _copy_producer(self, tensor: keras.KerasTensor, history: tuple[Any, int, int]) -> None:
         """Copies the node that a tensor comes from, and so all before it."""
         self.tensors.append((tensor, history))
-        if history.operation is not None:
-            self.copy(history.operation._inbound_nodes[history.node_index])
+        operation, index, _ = history
+        if operation is not None:
+            self.copy(keras_internals.inbound_nodes(operation)[index])
 
     def _copy_function(self, original: types.FunctionType) -> types.FunctionType:
         cells = tuple(types.CellType() for _ in original.__closure__ or ())
@@ -261,9 +238,9 @@ class _Copier:
         if hasattr(original, "__wrapped__"):
             duplicate.__wrapped__ = self.copy(original.__wrapped__)
         # The wrapper of tuples shows the attributes of the tuple, which has none.
-        for name in getattr(original, "__dict__", DEPENDENCIES):
+        for name in getattr(original, "__dict__", DEPENDENCY_ATTRIBUTES):
             # The sentinel is a cache, with weak references to other containers.
-            own = not name.startswith("__") and name != "_self_attribute_sentinel"
+            own = not name.startswith("__") and name != CONTAINER_CACHE_ATTRIBUTE
             if own and hasattr(original, name):
                 setattr(duplicate, name, self.copy(getattr(original, name)))
         return duplicate
@@ -275,21 +252,18 @@ class _Copier:
         nodes that the tensors of the model come from.
         """
         for original, duplicate in self.operations:
-            for name in ("_inbound_nodes", "_outbound_nodes"):
-                nodes = [self.copies.get(id(node)) for node in vars(original)[name]]
-                vars(duplicate)[name].extend(node for node in nodes if node is not None)
+            for nodes_of in (keras_internals.inbound_nodes, keras_internals.outbound_nodes):
+                nodes = [self.copies.get(id(node)) for node in nodes_of(original)]
+                nodes_of(duplicate).extend(node for node in nodes if node is not None)
         for tensor, (operation, index, position) in self.tensors:
             if operation is not None:
-                node = self.copies[id(operation._inbound_nodes[index])]
+                node = self.copies[id(keras_internals.inbound_nodes(operation)[index])]
                 operation = node.operation
-                index = operation._inbound_nodes.index(node)
-            tensor._keras_history = KerasHistory(operation, index, position)
+                index = keras_internals.inbound_nodes(operation).index(node)
+            keras_internals.set_history(tensor, operation, index, position)
         for function in self.functions:
-            nodes = [node for nodes in function._nodes_by_depth.values() for node in nodes]
-            vars(function)["_nodes"] = {
-                make_node_key(node.operation, node.operation._inbound_nodes.index(node))
-                for node in nodes
-            }
+            depths = keras_internals.nodes_by_depth(function).values()
+            keras_internals.set_node_keys(function, [node for nodes in depths for node in nodes])
 
     def _translate_ids(self) -> None:
         """Replaces the keys by which Keras finds what it tracks."""
@@ -300,7 +274,8 @@ class _Copier:
                 {key: id(self.copies[key]) for key in container if key in self.copies},
             )
         for original, duplicate in self.optimizers:
-            keys = {original._var_key(old): duplicate._var_key(new) for old, new in self.variables}
+            key = keras_internals.variable_key
+            keys = {key(original, old): key(duplicate, new) for old, new in self.variables}
             for value in vars(duplicate).values():
                 if isinstance(value, (set, dict)):
                     plain_objects.replace_keys(value, keys)
@@ -323,7 +298,7 @@ def _copy_by_config(original: keras.Layer) -> keras.Layer:
             duplicate.load_assets(folder)
         if original.variables or duplicate.variables or duplicate.get_config() != config:
             raise TypeError("its configuration and assets do not restore it")
-        vars(duplicate)["_path"] = original.path
+        keras_internals.set_layer_path(duplicate, original.path)
     return duplicate
 
 
@@ -333,8 +308,8 @@ def _has_assets(layer: keras.Layer) -> bool:
 
 def _without_reset(dependencies: Any) -> Any:
     if isinstance(dependencies, dict):
-        return {name: value for name, value in dependencies.items() if name not in RESET}
-    return [reference for reference in dependencies if reference.name not in RESET]
+        return {name: value for name, value in dependencies.items() if name not in RESET_ATTRIBUTES}
+    return [reference for reference in dependencies if reference.name not in RESET_ATTRIBUTES]
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import keras
 
+from diagconv_tf import keras_internals
+
 _Result = TypeVar("_Result")
 
 
@@ -91,7 +93,7 @@ def strategy_of(model: keras.Model | None = None) -> Any:
     tf = sys.modules.get("tensorflow")
     if tf is None or keras.backend.backend() != "tensorflow":
         return None
-    own = getattr(model, "_distribute_strategy", None)
+    own = None if model is None else keras_internals.strategy(model)
     if own is None and tf.distribute.has_strategy():
         own = tf.distribute.get_strategy()
     return own
@@ -101,7 +103,7 @@ def is_distributed(model: keras.Model) -> bool:
     """Whether a strategy or distribution is current, or the one that `model` was made under."""
     if strategy_of(model) is not None or keras.distribution.distribution() is not None:
         return True
-    return any(getattr(variable, "_layout", None) is not None for variable in model.variables)
+    return any(map(keras_internals.is_sharded_by_keras, model.variables))
 
 
 def divided_variables(model: keras.Model) -> list[str]:
@@ -165,8 +167,8 @@ def batch_axis() -> MeshAxis | None:
 
 def _batch_axis_of_layouts(model: keras.Model | None) -> MeshAxis | None:
     for variable in getattr(model, "variables", ()):
-        layout = getattr(variable, "_layout", None)
-        if isinstance(layout, keras.distribution.TensorLayout) and layout.device_mesh is not None:
+        layout = keras_internals.layout(variable)
+        if layout is not None and layout.device_mesh is not None:
             # Keras's own choice, where the user names no other.
             return _mesh_axis(layout.device_mesh, layout.device_mesh.axis_names[0])
     return None
@@ -177,8 +179,10 @@ def variable_axis(variable: Any, axis: int) -> MeshAxis | None:
 
     Anything but a variable has no layout.
     """
-    layout = getattr(variable, "_layout", None)
-    if not isinstance(layout, keras.distribution.TensorLayout) or layout.device_mesh is None:
+    if not isinstance(variable, keras.Variable):
+        return None
+    layout = keras_internals.layout(variable)
+    if layout is None or layout.device_mesh is None:
         return None
     name = layout.axes[axis]
     return None if name is None else _mesh_axis(layout.device_mesh, name)

@@ -10,11 +10,12 @@ from typing import Any
 import keras
 from rich.table import Table
 
-from diagconv_tf import costs, table_text, tracing
+from diagconv_tf import flops, tracing
 from diagconv_tf.layers import LoweredLayer, layer_spec
-from diagconv_tf.model_tree import PlacedLayer, check_built, place_layers
+from diagconv_tf.model_tree import PlacedLayer, check_built, walk_layers
 from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
 from diagconv_tf.spec import ConvSpec
+from diagconv_tf.text import as_text
 
 #: `ConvolutionRow.lowering` of a layer that is Keras's own.
 STOCK = "stock"
@@ -128,7 +129,7 @@ class Inspection:
         return _table(self)
 
     def __str__(self) -> str:
-        return table_text.as_text(self)
+        return as_text(self)
 
 
 def inspect_model(
@@ -158,7 +159,7 @@ def inspect_model(
     check_built(model)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"Expected `batch_size` >= 1 or None. Received: {batch_size!r}")
-    placed = place_layers(model)
+    placed = walk_layers(model)
     return _inspect(model, placed, _trace(model, placed, batch_size, data), rules)
 
 
@@ -170,7 +171,7 @@ def inspect_as_built(model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES) 
     """
     check_built(model)
     not_called = _Trace({}, None, None, "the model was not called")
-    return _inspect(model, place_layers(model), not_called, rules)
+    return _inspect(model, walk_layers(model), not_called, rules)
 
 
 def _inspect(
@@ -225,7 +226,7 @@ class _Trace:
 def _trace(
     model: keras.Model, placed: Sequence[PlacedLayer], batch_size: int | None, data: Any
 ) -> _Trace:
-    layers = [place.layer for place in placed if isinstance(place.layer, costs.COUNTED)]
+    layers = [place.layer for place in placed if isinstance(place.layer, flops.COUNTED)]
     try:
         inputs = tracing.symbolic_inputs(model, batch_size, data)
         recorded = tracing.record_input_shapes(model, layers, inputs)
@@ -234,7 +235,7 @@ def _trace(
     if data is not None:
         batch_size = keras.tree.flatten(inputs)[0].shape[0]
     total = sum(
-        costs.layer_flops(layer, shape)
+        flops.layer_flops(layer, shape)
         for layer, calls in zip(layers, recorded, strict=True)
         for shape in calls
     )
@@ -296,7 +297,7 @@ def _forward_flops(
         return None
     if specs:
         return sum(layer_spec(layer, shape).flops() for shape in shapes)
-    return sum(costs.layer_flops(layer, shape) for shape in shapes)
+    return sum(flops.layer_flops(layer, shape) for shape in shapes)
 
 
 def _least_bytes(layer: keras.layers.Layer, shapes: Sequence[tuple]) -> int | None:

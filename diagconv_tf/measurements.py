@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from diagconv_tf import error_text
 from diagconv_tf.lowerings import LoweringLike
 from diagconv_tf.spec import ConvSpec
+from diagconv_tf.text import summarize_error
 from diagconv_tf.timing import Timings
 
 #: How the error of a candidate begins that computed something else.
@@ -59,7 +59,7 @@ class Measured:
     def failed(cls, error: Exception | str, first_seconds: float | None = None) -> Measured:
         """A failure; of the message's lines one is kept."""
         if isinstance(error, Exception):
-            error = error_text.summary(error)
+            error = summarize_error(error)
         return cls(first_seconds=_round(first_seconds), error=error[:300])
 
     @classmethod

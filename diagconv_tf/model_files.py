@@ -18,8 +18,10 @@ from typing import Any
 import keras
 from absl import logging
 
-from diagconv_tf import error_text, files
-from diagconv_tf.inspection import STOCK, inspect_as_built
+from diagconv_tf import files
+from diagconv_tf.inspection import inspect_as_built
+from diagconv_tf.spec import STOCK
+from diagconv_tf.text import summarize_error
 
 SUFFIXES = (".keras", ".h5")
 
@@ -56,7 +58,7 @@ def load_model(
             logging.warning(
                 "%s: read without its compile state (%s): compile the model before training it.",
                 path,
-                error_text.summary(error),
+                summarize_error(error),
             )
             return model
         raise ModelFileError(f"{path}: {_explain(error)}") from error
@@ -104,7 +106,7 @@ def save_model(model: keras.Model, path: str | os.PathLike, overwrite: bool = Fa
             warnings.simplefilter("ignore")
             files.write_aside(path, model.save)
     except Exception as error:  # h5py's are of several types.
-        raise ModelFileError(f"{path}: cannot be written: {error_text.summary(error)}") from error
+        raise ModelFileError(f"{path}: cannot be written: {summarize_error(error)}") from error
 
 
 def custom_objects_of(module_name: str) -> dict[str, Any]:
@@ -187,5 +189,5 @@ def _explain(error: Exception) -> str:
             "`load_weights`"
         )
     if isinstance(error, OSError):
-        return f"not an .h5 file, or a truncated one ({error_text.summary(error)})"
-    return f"Keras cannot read it: {error_text.summary(error)}"
+        return f"not an .h5 file, or a truncated one ({summarize_error(error)})"
+    return f"Keras cannot read it: {summarize_error(error)}"

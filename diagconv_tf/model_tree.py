@@ -8,6 +8,8 @@ from typing import Any
 
 import keras
 
+from diagconv_tf import keras_internals
+
 
 @dataclasses.dataclass(frozen=True)
 class PlacedLayer:
@@ -46,7 +48,7 @@ def check_built(model: Any) -> None:
         )
 
 
-def place_layers(model: keras.Model) -> list[PlacedLayer]:
+def walk_layers(model: keras.Model) -> list[PlacedLayer]:
     """Every layer inside `model`, each once, containers before their content.
 
     Layers inside wrappers, composite layers and nested models are found too;
@@ -66,9 +68,7 @@ def _walk(
     container: keras.layers.Layer, prefix: str, containers: tuple[keras.layers.Layer, ...]
 ) -> Iterator[tuple[keras.layers.Layer, str, tuple[keras.layers.Layer, ...]]]:
     names: dict[str, int] = {}
-    # Keras has no public list of a layer's own sublayers; this is what its
-    # summaries and its saving use.
-    for layer in container._flatten_layers(include_self=False, recursive=False):
+    for layer in keras_internals.flatten_layers(container, include_self=False, recursive=False):
         names[layer.name] = names.get(layer.name, 0) + 1
         count = names[layer.name]
         path = prefix + (layer.name if count == 1 else f"{layer.name}#{count}")

@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from diagconv_tf import keras_internals
+
 #: What cannot change, and hardware, which cannot be copied.
 SHARED_TYPES = (
     type(None),
@@ -48,15 +50,6 @@ def is_shared(value: Any) -> bool:
     if jax and isinstance(value, (jax.Device, jax.sharding.Sharding, jax.sharding.Mesh)):
         return True
     return callable(value) and _is_importable(value)
-
-
-def is_tensorflow_container(value: Any) -> bool:
-    """Whether `value` is a list or dict that TensorFlow wrapped to track its items."""
-    tf = sys.modules.get("tensorflow")
-    # By its type, since the proxies among them show the class of what they wrap.
-    return tf is not None and issubclass(
-        type(value), tf.__internal__.tracking.TrackableDataStructure
-    )
 
 
 def _is_importable(value: Any) -> bool:
@@ -139,9 +132,9 @@ def replace_keys(container: set | dict, keys: dict[Any, Any]) -> None:
     """Replaces, in place and in order, the keys that are among `keys`."""
     if keys.keys().isdisjoint(container):
         return
-    if is_tensorflow_container(container):
+    if keras_internals.is_tensorflow_container(container):
         replace_keys(container.__wrapped__, keys)
-        container._update_snapshot()
+        keras_internals.update_container_snapshot(container)
         return
     if isinstance(container, dict):
         entries = {keys.get(key, key): value for key, value in container.items()}

@@ -10,17 +10,11 @@ from collections.abc import Callable, Sequence
 import keras
 from absl import logging
 
-from diagconv_tf import step_functions
+from diagconv_tf.class_swap import STEP_KINDS, become, recompile
 from diagconv_tf.copying import copy_model
 from diagconv_tf.distribution import batch_axis, replicas_of
-from diagconv_tf.inspection import (
-    STOCK,
-    ConvolutionRow,
-    Inspection,
-    inspect_as_built,
-    inspect_model,
-)
-from diagconv_tf.layer_classes import become
+from diagconv_tf.environment import Conditions
+from diagconv_tf.inspection import ConvolutionRow, Inspection, inspect_as_built, inspect_model
 from diagconv_tf.layers import kernel_channels_axis
 from diagconv_tf.lowerings import (
     DEFAULT_LOWERING,
@@ -30,10 +24,10 @@ from diagconv_tf.lowerings import (
     why_not,
     why_not_sharded,
 )
-from diagconv_tf.model_tree import check_built, place_layers
+from diagconv_tf.model_tree import check_built, walk_layers
 from diagconv_tf.plan import Plan
 from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
-from diagconv_tf.spec import Conditions
+from diagconv_tf.spec import STOCK
 
 #: Layer paths or globs, or a function of a row of the inspection.
 Selection = str | Sequence[str] | Callable[[ConvolutionRow], bool]
@@ -166,7 +160,7 @@ def _apply(
     model: keras.Model, decisions: Sequence[Decision], rules: Sequence[Rule], in_place: bool
 ) -> keras.Model:
     target = model if in_place else copy_model(model)
-    layers = {place.path: place.layer for place in place_layers(target)}
+    layers = {place.path: place.layer for place in walk_layers(target)}
     for decision in decisions:
         if decision.lowering is not None:
             layer = layers[decision.row.path]
@@ -177,11 +171,11 @@ def _apply(
 
 def _renew_compiled_functions(model: keras.Model) -> None:
     """Lets Keras compile again what it has compiled with the old layers."""
-    models = [place.layer for place in place_layers(model)]
+    models = [place.layer for place in walk_layers(model)]
     for candidate in (model, *models):
-        for kind in step_functions.KINDS:
+        for kind in STEP_KINDS:
             if getattr(candidate, f"{kind}_function", None) is not None:
-                step_functions.renew(candidate, kind)
+                recompile(candidate, kind)
 
 
 def _select(

@@ -1,4 +1,4 @@
-"""The one problem type, `ConvSpec`, and where it runs, `Conditions`.
+"""The one workload type, `ConvSpec`: a grouped 2-D convolution.
 
 Lowerings, cache keys, reports, tests and benchmarks all speak of a layer as a
 `ConvSpec`: a 2-D convolution of `groups` groups, each from
@@ -9,22 +9,19 @@ convolution has one input channel and `depth_multiplier` outputs a group.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import keras
 
-from diagconv_tf.cpu_name import cpu_name
-
 Pass = Literal["forward", "input_gradient", "kernel_gradient"]
 PASSES: tuple[Pass, ...] = ("forward", "input_gradient", "kernel_gradient")
 
-_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+#: Stands in for a lowering where a layer is Keras's own.
+STOCK = "stock"
 
-#: Attributes of `Conditions` that are tuples of pairs.
-_PAIRS = ("versions", "numeric_mode")
+_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def same_padding(size: Any, kernel_size: int, stride: int, dilation: int) -> tuple:
@@ -34,7 +31,7 @@ def same_padding(size: Any, kernel_size: int, stride: int, dilation: int) -> tup
         size: input size; an int or, for an unknown size, a scalar tensor.
         kernel_size: taps along the axis.
         stride: stride along the axis.
-        dilation: distance between taps.
+        dilation: distance between shift_geometry.
 
     Returns:
         `(before, after)`, of the type of `size`. The odd zero goes after, as
@@ -71,7 +68,7 @@ class ConvSpec:
         groups: number of groups; every group reads its own channels only.
         input_channels_per_group: 1 for depthwise convolutions.
         output_channels_per_group: the depth multiplier for depthwise ones.
-        kernel_size: `(kh, kw)`, taps.
+        kernel_size: `(kh, kw)`, shift_geometry.
         strides: `(vertical, horizontal)`.
         dilation_rate: `(vertical, horizontal)`.
         padding: `"valid"` or `"same"`.
@@ -279,90 +276,3 @@ class ConvSpec:
         if self.data_format == "channels_last":
             return (self.batch, height, width, channels)
         return (self.batch, channels, height, width)
-
-
-@dataclasses.dataclass(frozen=True)
-class Conditions:
-    """Where and how a convolution runs: all that a measured time depends on.
-
-    Attributes:
-        backend: `"tensorflow"`, `"jax"` or `"torch"`.
-        device_kind: `"cpu"`, `"gpu"` or `"tpu"`.
-        device_name: the maker's name of the device.
-        compiled: True under a compiler (XLA, torch.compile), False without,
-            None where it is not known yet.
-        versions: `((package, version), …)` of what computes.
-        replicas: among how many a batch is divided; times are those of one
-            with its share.
-        numeric_mode: `((setting, value), …)` of what the process has switched
-            for its device, such as TensorFloat-32; see `Backend.numeric_mode`.
-    """
-
-    backend: str
-    device_kind: str
-    device_name: str
-    compiled: bool | None
-    versions: tuple[tuple[str, str], ...]
-    replicas: int = 1
-    numeric_mode: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def current(cls, compiled: bool | None = None, replicas: int = 1) -> Conditions:
-        """The conditions of this process, on the device Keras would use.
-
-        Args:
-            compiled: whether the training step is compiled. Where nobody
-                says, JAX compiles; elsewhere it is not known.
-            replicas: among how many a batch will be divided; see
-                `distribution.replicas_of`.
-        """
-        from diagconv_tf import backends
-
-        backend = keras.backend.backend()
-        current = backends.current()
-        kind, name = current.default_device()
-        packages = {"tensorflow": ("tensorflow",), "jax": ("jax", "jaxlib"), "torch": ("torch",)}
-        return cls(
-            backend=backend,
-            device_kind=kind,
-            device_name=name or cpu_name(),
-            compiled=True if compiled is None and backend == "jax" else compiled,
-            versions=tuple(
-                (package, importlib.metadata.version(package))
-                for package in ("keras", *packages[backend])
-            ),
-            replicas=replicas,
-            numeric_mode=current.numeric_mode(),
-        )
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Conditions:
-        """The conditions whose attributes are `fields`, in JSON's types.
-
-        Raises:
-            TypeError: if they are not those of conditions.
-        """
-        pairs = {name: tuple(map(tuple, value)) for name, value in fields.items() if name in _PAIRS}
-        return cls(**{**fields, **pairs})
-
-    def differences(self, other: Conditions) -> list[str]:
-        """What differs in `other`, in words.
-
-        `compiled`, and the settings of `numeric_mode`, only where both know them.
-        """
-        found = []
-        for field in dataclasses.fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine == theirs or (field.name == "compiled" and None in (mine, theirs)):
-                continue
-            if field.name in _PAIRS:
-                ours, others = dict(mine), dict(theirs)
-                found += [
-                    f"{name} {ours.get(name)} → {others.get(name)}"
-                    for name in {**ours, **others}
-                    if ours.get(name) != others.get(name)
-                    and (field.name == "versions" or (name in ours and name in others))
-                ]
-            else:
-                found.append(f"{field.name} {mine} → {theirs}")
-        return found

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import keras
 
+from diagconv_tf import keras_internals
 from diagconv_tf.timing import (
     Timings,
     check_whole_number,
@@ -215,7 +216,7 @@ class StepTimer(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         # Keras has read the logs by now, but the weights may still be updated.
         # `self.model` would make JAX write its state back on every step.
-        synchronize((getattr(self._model, "_jax_state", None), logs))
+        synchronize((keras_internals.running_state(self._model), logs))
         seconds = self._clock() - self._begin
         if self._first_step_seconds is None:
             self._first_step_seconds = seconds
@@ -374,7 +375,7 @@ class _ImageCounter:
     def now(self) -> float:
         """After a step."""
         # Within an epoch JAX keeps the values out of the variables.
-        state = getattr(self.model, "_jax_state", None)
+        state = keras_internals.running_state(self.model)
         if state:
             return float(state["metrics_variables"][self.index])
         return float(keras.ops.convert_to_numpy(self.count))

@@ -8,7 +8,8 @@ from typing import Any
 
 import keras
 
-from diagconv_tf import error_text
+from diagconv_tf import keras_internals
+from diagconv_tf.text import summarize_error
 
 
 class UntraceableError(ValueError):
@@ -44,7 +45,7 @@ def record_input_shapes(
         except Exception as error:  # A user's `call` may raise anything.
             cause = operation.error or error
             raise UntraceableError(
-                f"calling the model on symbolic inputs failed: {error_text.summary(cause)}"
+                f"calling the model on symbolic inputs failed: {summarize_error(cause)}"
             ) from error
     return shapes
 
@@ -76,7 +77,7 @@ def declared_inputs(model: keras.Model) -> Any:
     Sizes may be open.
     """
     if isinstance(model, keras.Sequential):
-        return model.inputs[0] if getattr(model, "_functional", None) is not None else None
+        return model.inputs[0] if keras_internals.declares_inputs(model) else None
     return model.input if getattr(model, "inputs", None) else None
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import keras
 
+from diagconv_tf import keras_internals
+
 
 class TrainingSteps:
     """Runs the training function of a model on one batch, again and again.
@@ -47,14 +49,7 @@ class TrainingSteps:
         return train([self.batch] if backend == "torch" else iter([self.batch])), None
 
     def _build(self) -> None:
-        # As `fit` and `train_on_batch` do it; Keras has no public way.
-        model = self.model
-        getattr(model, "_maybe_symbolic_build", model._symbolic_build)(data_batch=self.batch)
+        keras_internals.build_for_training(self.model, self.batch)
         if keras.backend.backend() == "jax":
-            self._state = model._get_jax_state(
-                trainable_variables=True,
-                non_trainable_variables=True,
-                optimizer_variables=True,
-                metrics_variables=True,
-            )
+            self._state = keras_internals.take_training_state(self.model)
         self._is_built = True

@@ -11,7 +11,7 @@ import os
 import keras
 
 from diagconv_tf import files
-from diagconv_tf.layer_classes import stock_classes
+from diagconv_tf.class_swap import stock_classes
 from diagconv_tf.model_tree import check_built
 
 _SUFFIX = ".weights.h5"

@@ -27,7 +27,8 @@ import keras
 import numpy as np
 from absl import logging
 
-from diagconv_tf.model_tree import place_layers
+from diagconv_tf import keras_internals
+from diagconv_tf.model_tree import walk_layers
 
 _Pairs = list[tuple[keras.Variable, keras.Variable]]
 
@@ -61,7 +62,7 @@ def average_statistics(model: keras.Model, momentum: float) -> None:
         momentum: of a batch: `average = momentum * average + (1 - momentum) * statistic`.
     """
     others = []
-    for place in place_layers(model):
+    for place in walk_layers(model):
         layer = place.layer
         if type(layer) is keras.layers.BatchNormalization and layer.built:
             _begin(layer, momentum)
@@ -98,14 +99,12 @@ def stop_averaging(model: keras.Model) -> None:
     layers = _averaging_layers(model)
     for layer in layers:
         for average in vars(layer).pop("_averages"):
-            layer._untrack_variable(average)
+            keras_internals.untrack_variable(layer, average)
         del vars(layer)["_average_momentum"]
         object.__setattr__(layer, "__class__", keras.layers.BatchNormalization)
     if keras.backend.backend() == "torch":
         # Models have parameters of their own for the variables of their layers.
-        for layer in model._flatten_layers():
-            if hasattr(layer, "_torch_params"):
-                layer._track_variables()
+        keras_internals.track_torch_variables(model)
     if layers:
         # They were compiled with the averages.
         model.train_function = model.test_function = model.predict_function = None
@@ -135,7 +134,7 @@ class SwapAverages(keras.callbacks.Callback):
 def _begin(layer: keras.layers.Layer, momentum: float) -> None:
     statistics = (layer.moving_mean, layer.moving_variance)
     # A built layer takes no more variables, unless it is told to.
-    layer._tracker.unlock()
+    keras_internals.tracker(layer).unlock()
     try:
         averages = tuple(
             # As `BatchNormalization.build` makes the statistics themselves.
@@ -150,7 +149,7 @@ def _begin(layer: keras.layers.Layer, momentum: float) -> None:
             for statistic in statistics
         )
     finally:
-        layer._tracker.lock()
+        keras_internals.tracker(layer).lock()
     for average, statistic in zip(averages, statistics, strict=True):
         average.assign(_value(statistic))
     # Past the bookkeeping of attributes: the layer has them in its lists, and
@@ -160,7 +159,7 @@ def _begin(layer: keras.layers.Layer, momentum: float) -> None:
 
 
 def _averaging_layers(model: keras.Model) -> list[AveragingBatchNormalization]:
-    layers: Iterable[keras.layers.Layer] = (place.layer for place in place_layers(model))
+    layers: Iterable[keras.layers.Layer] = (place.layer for place in walk_layers(model))
     return [layer for layer in layers if isinstance(layer, AveragingBatchNormalization)]
 
 
@@ -172,11 +171,8 @@ def _statistics(layer: AveragingBatchNormalization) -> _Pairs:
 def _weights(optimizer: keras.Optimizer) -> _Pairs:
     # A `LossScaleOptimizer` wraps the one that averages.
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    pairs = zip(
-        optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True
-    )
     # Keras averages no variables that are overwritten with their gradients.
-    return [(variable, average) for variable, average in pairs if average is not None]
+    return keras_internals.averaged_variables(optimizer)
 
 
 def _exchange(model: keras.Model, one: keras.Variable, other: keras.Variable) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from diagconv_tf import keras_internals
 from diagconv_tf.distribution import Replicas
 from recipes.config import Config
 from recipes.processes import Processes
@@ -128,7 +129,7 @@ def synchronize_batch_norms(model: keras.Model, synchronized: bool) -> None:
 
     Files of models are to have False: on other backends Keras loads no other.
     """
-    for layer in model._flatten_layers():
+    for layer in keras_internals.flatten_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.synchronized = synchronized
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 from keras import layers
 
-from diagconv_tf import restore
+from diagconv_tf import keras_internals, restore
 from diagconv_tf.model_files import load_model
 
 
@@ -61,7 +61,10 @@ def load_start(path: str, image_shape: tuple[int, ...], classes: int) -> keras.M
         )
     # Made anew in any case: what the file says of compilation does not matter.
     start = keras.Model(model.inputs[0], head, name=model.name)
-    if any(layer.dtype_policy.name == "mixed_float16" for layer in start._flatten_layers()):
+    if any(
+        layer.dtype_policy.name == "mixed_float16"
+        for layer in keras_internals.flatten_layers(start)
+    ):
         # Files do not tell that of a model, only of layers. By it Keras scales the loss.
         start.dtype_policy = "mixed_float16"
     return start
@@ -69,7 +72,7 @@ def load_start(path: str, image_shape: tuple[int, ...], classes: int) -> keras.M
 
 def _gives_probabilities(model: keras.Model) -> bool:
     """Whether the last operation is a softmax."""
-    last = model.outputs[0]._keras_history.operation
+    last, _, _ = keras_internals.history(model.outputs[0])
     if isinstance(last, keras.Model):
         return _gives_probabilities(last)
     is_softmax = type(last).__name__ == "Softmax"  # A layer, or `keras.ops.softmax`.

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from absl import logging
 
+from diagconv_tf import keras_internals
 from recipes.averaging import finalize_averages
 from recipes.checkpoints import (
     Checkpoint,
@@ -346,8 +347,7 @@ def _build(model: keras.Model, dataset: Any) -> None:
     batch = getattr(dataset, "element_spec", None)
     if batch is None:
         batch = next(iter(dataset))
-    # Only shapes and dtypes are looked at. Keras has no public way.
-    model._symbolic_build(data_batch=batch)
+    keras_internals.build_symbolically(model, batch)
 
 
 def _end_epoch(

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from diagconv_tf import keras_internals
 from recipes.config import Config
 
 
@@ -69,7 +70,7 @@ def _depthwise_kernels(model: keras.Model) -> list[keras.Variable]:
     # Their names do not tell: it is "kernel", as elsewhere.
     depthwise = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
     separable = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
-    layers = list(model._flatten_layers())
+    layers = list(keras_internals.flatten_layers(model))
     return [layer.kernel for layer in layers if isinstance(layer, depthwise)] + [
         layer.depthwise_kernel for layer in layers if isinstance(layer, separable)
     ]

@@ -29,7 +29,7 @@ from rich.table import Table
 
 import diagconv_tf
 from diagconv_tf import Conditions, files
-from diagconv_tf.cpu_name import cpu_name
+from diagconv_tf.environment import cpu_name
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -75,11 +75,12 @@ from absl import app, flags
 from keras import ops
 from rich.table import Table
 
-from diagconv_tf import ConvSpec, backends, error_text, why_not
+from diagconv_tf import ConvSpec, backends, why_not
 from diagconv_tf.lowerings import LoweringChoice, parse
 from diagconv_tf.lowerings.diagonal import Diagonal
 from diagconv_tf.lowerings.shifted import Shifted
 from diagconv_tf.spec import PASSES
+from diagconv_tf.text import summarize_error
 from diagconv_tf.timing import Timings, time_interleaved
 
 SHAPES = flags.DEFINE_list(
@@ -369,7 +370,7 @@ def measure(
     errors = {
         lowering: "refused: " + "; ".join(reasons)
         for lowering in lowerings
-        if (reasons := why_not(spec, read_lowering(lowering), group.pass_name))
+        if (reasons := why_not(spec, read_lowering(lowering)))
     }
     try:
         with bench_common.precision_mode(group.precision):
@@ -377,7 +378,7 @@ def measure(
                 group, [x for x in lowerings if x not in errors], limit, budget_seconds
             )
     except Exception as error:  # No memory for the arguments, say.
-        failed = error_text.summary(error)
+        failed = summarize_error(error)
         return [blank(lowering=name, error=errors.get(name, failed)) for name in lowerings]
     native = measured.get("native", {}).get("median")
     rows = []
@@ -427,7 +428,7 @@ def _measure(
                 operation, sets[:count], repeats, group.compiled
             )
         except Exception as error:
-            found[lowering] = {"error": error_text.summary(error)}
+            found[lowering] = {"error": summarize_error(error)}
     candidates = dict(runners)
     for repeats, count in {turns[lowering] for lowering in runners}:
         if repeats:
@@ -452,7 +453,7 @@ def _measure(
         timing = timings[lowering]
         if timing.error is not None:
             found[lowering] = {
-                "error": error_text.summary(timing.error),
+                "error": summarize_error(timing.error),
                 "first_seconds": timing.first_seconds,
             }
             continue
@@ -479,7 +480,7 @@ def _measure(
                     "agrees": error is not None and error <= tolerance,
                 }
             except Exception as error:
-                fields = {"error": error_text.summary(error)}
+                fields = {"error": summarize_error(error)}
         found[lowering] = fields
     return found
 

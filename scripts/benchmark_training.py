@@ -59,9 +59,10 @@ from absl import app, flags
 from keras import ops
 from rich.table import Table
 
-from diagconv_tf import Conditions, ConvSpec, Plan, error_text, inspect_model, rewrite
+from diagconv_tf import ConvSpec, Plan, inspect_model, rewrite
 from diagconv_tf.lowerings import Lowering, LoweringChoice, UniformChoice, parse
 from diagconv_tf.spec import PASSES
+from diagconv_tf.text import summarize_error
 from diagconv_tf.timing import Timings, time_interleaved
 from diagconv_tf.training_steps import TrainingSteps
 
@@ -108,7 +109,7 @@ class CentreTap(Lowering):
     def name(self) -> str:
         return "floor"
 
-    def why_not(self, spec: ConvSpec, pass_name: str, conditions: Conditions) -> list[str]:
+    def why_not(self, spec: ConvSpec) -> list[str]:
         if spec.input_channels_per_group == 1:
             return []
         return ["the floor is defined for one input channel a group"]
@@ -296,7 +297,7 @@ def benchmark(group: Group, budget_seconds: float | None) -> list[Row]:
         with bench_common.precision_mode(group.precision):
             return _benchmark(group, blank, budget_seconds)
     except Exception as error:  # No memory for the images, say.
-        failed = error_text.summary(error)
+        failed = summarize_error(error)
         return [blank(variant=variant, error=failed) for variant in VARIANTS.value]
     finally:
         keras.config.set_dtype_policy(policy)
@@ -315,7 +316,7 @@ def _benchmark(group: Group, blank: Callable[..., Row], budget_seconds: float | 
         try:
             trainers[variant] = Trainer(group, variant, x, y)
         except Exception as error:
-            errors[variant] = error_text.summary(error)
+            errors[variant] = summarize_error(error)
     if budget_seconds is not None:
         # Making the models is part of it.
         budget_seconds = max(budget_seconds - (time.monotonic() - start), 1e-3)
@@ -332,7 +333,7 @@ def _benchmark(group: Group, blank: Callable[..., Row], budget_seconds: float | 
     for variant in VARIANTS.value:
         trainer, timing = trainers.get(variant), timings.get(variant, Timings())
         if timing.error is not None:
-            errors[variant] = error_text.summary(timing.error)
+            errors[variant] = summarize_error(timing.error)
         if variant in errors:
             rows.append(blank(variant=variant, error=errors[variant]))
             continue

@@ -2,8 +2,8 @@
 
 import types
 
-from diagconv_tf.inspection import STOCK
 from diagconv_tf.measurements import Measured
+from diagconv_tf.spec import STOCK
 from diagconv_tf.tuning import tuner
 from tests.fake_clock import FakeClock
 
@@ -50,7 +50,7 @@ class FakeLab:
         class TrainingBench:
             def __init__(self, model, batch_size, data, jit_compile, rules, clock):
                 self.first = {}
-                self.batch = types.SimpleNamespace(made_up=("x", "y"))
+                self.batch = types.SimpleNamespace(synthetic=("x", "y"))
 
             def add(self, name, variant):
                 lab.clock.advance(lab.first_step_seconds)

@@ -10,11 +10,7 @@ import unittest
 
 import pytest
 
-from diagconv_tf import (
-    DiagonalwiseConv2D,
-    DiagonalwiseDepthwiseConv2D,
-    DiagonalwiseSeparableConv2D,
-)
+from diagconv_tf import DiagonalwiseConv2D, DiagonalwiseDepthwiseConv2D, DiagonalwiseSeparableConv2D
 
 PLACES = {
     "depthwise_conv_test": ("DepthwiseConv2D", DiagonalwiseDepthwiseConv2D),

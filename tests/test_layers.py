@@ -11,11 +11,7 @@ import numpy as np
 import pytest
 
 import diagconv_tf
-from diagconv_tf import (
-    DiagonalwiseConv2D,
-    DiagonalwiseDepthwiseConv2D,
-    DiagonalwiseSeparableConv2D,
-)
+from diagconv_tf import DiagonalwiseConv2D, DiagonalwiseDepthwiseConv2D, DiagonalwiseSeparableConv2D
 from tests import cases
 from tests.numerics import BACKEND, MODES, vector_jacobian
 
@@ -227,7 +223,7 @@ def test_compute_output_shape_and_symbolic_calls(ours, stock, arguments, channel
 
 @layer_cases
 def test_composite_layer_without_an_output_shape(ours, stock, arguments, channels):
-    """Keras then traces `call`, on some backends with made-up sizes."""
+    """Keras then traces `call`, on some backends with synthetic sizes."""
 
     class Block(keras.layers.Layer):
         def __init__(self):

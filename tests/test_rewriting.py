@@ -24,7 +24,7 @@ from diagconv_tf import (
     save_weights,
 )
 from diagconv_tf.layers import LoweredLayer
-from diagconv_tf.model_tree import place_layers
+from diagconv_tf.model_tree import walk_layers
 from tests import cases, model_zoo
 from tests.numerics import BACKEND
 
@@ -32,7 +32,7 @@ PER_PASS = cases.LOWERINGS["per pass a"]
 
 
 def ours(model):
-    return [place.layer for place in place_layers(model) if isinstance(place.layer, LoweredLayer)]
+    return [place.layer for place in walk_layers(model) if isinstance(place.layer, LoweredLayer)]
 
 
 def outputs(model, inputs):
@@ -40,11 +40,11 @@ def outputs(model, inputs):
 
 
 def classes(model):
-    return {place.path: type(place.layer) for place in place_layers(model)}
+    return {place.path: type(place.layer) for place in walk_layers(model)}
 
 
 def configs(model):
-    return {place.path: place.layer.get_config() for place in place_layers(model)}
+    return {place.path: place.layer.get_config() for place in walk_layers(model)}
 
 
 def variable_paths(model):
@@ -91,7 +91,7 @@ def test_there_and_back_in_place(name):
     assert (classes(model), configs(model), variable_paths(model)) == stock[:3]
     assert all(map(np.array_equal, model.get_weights(), stock[3]))
     assert all(map(np.array_equal, outputs(model, inputs), stock_outputs))
-    assert not any("_lowering" in vars(place.layer) for place in place_layers(model))
+    assert not any("_lowering" in vars(place.layer) for place in walk_layers(model))
 
 
 @pytest.mark.parametrize("name", model_zoo.MODELS)
@@ -207,7 +207,7 @@ def test_a_models_own_step_stays_and_is_the_one_that_runs():
 
 
 def paths_of_ours(model):
-    return sorted(p.path for p in place_layers(model) if isinstance(p.layer, LoweredLayer))
+    return sorted(p.path for p in walk_layers(model) if isinstance(p.layer, LoweredLayer))
 
 
 #: name: (arguments, which of the composite model's layers are rewritten)

@@ -8,7 +8,7 @@ import pytest
 
 from diagconv_tf import inspect_model, restore, rewrite
 from diagconv_tf.layers import LoweredLayer
-from diagconv_tf.model_tree import place_layers
+from diagconv_tf.model_tree import walk_layers
 from tests.numerics import BACKEND, THOROUGH
 
 applications = keras.applications
@@ -121,7 +121,7 @@ if THOROUGH:
 
 
 def ours(model):
-    return [place.layer for place in place_layers(model) if isinstance(place.layer, LoweredLayer)]
+    return [place.layer for place in walk_layers(model) if isinstance(place.layer, LoweredLayer)]
 
 
 def outputs(model, inputs):
@@ -132,7 +132,7 @@ def facts(model):
     """All that a rewriting must not change, but the classes."""
     return (
         type(model),
-        [place.path for place in place_layers(model)],
+        [place.path for place in walk_layers(model)],
         [variable.path for variable in model.variables],
     )
 
@@ -189,8 +189,8 @@ def test_there_and_back(name):
         assert copy.pyramid_outputs.keys() == model.pyramid_outputs.keys()
     restored = restore(copy)
     assert facts(restored) == stock
-    assert [place.layer.get_config() for place in place_layers(restored)] == [
-        place.layer.get_config() for place in place_layers(model)
+    assert [place.layer.get_config() for place in walk_layers(restored)] == [
+        place.layer.get_config() for place in walk_layers(model)
     ]
     assert all(map(np.array_equal, restored.get_weights(), stock_weights))
     assert all(map(np.array_equal, outputs(restored, inputs), stock_outputs))

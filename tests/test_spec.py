@@ -7,7 +7,7 @@ import platform
 import numpy as np
 import pytest
 
-from diagconv_tf import Conditions, ConvSpec, Plan, backends, cpu_name
+from diagconv_tf import Conditions, ConvSpec, Plan, backends, environment
 from diagconv_tf.lowerings.diagonal import Diagonal, from_diagonal, to_diagonal
 from diagconv_tf.spec import same_padding
 from diagconv_tf.tuning import keys
@@ -142,16 +142,16 @@ def key(conditions):
     ],
 )
 def test_a_cpu_has_its_makers_name(monkeypatch, tmp_path, lines, name):
-    monkeypatch.setattr(cpu_name, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(environment, "_CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(platform, "machine", lambda: "ppc")
     if lines is not None:
         (tmp_path / "cpuinfo").write_text(lines)
-    assert cpu_name.cpu_name() == name
+    assert environment.cpu_name() == name
 
 
 def test_two_cpus_are_two_devices(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu_name, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(environment, "_CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(backends.current(), "default_device", lambda: ("cpu", ""))
     found = []
     for name in ("Abacus 8", "Abacus 9"):

@@ -10,11 +10,10 @@ import pytest
 from keras import layers
 
 from diagconv_tf import Conditions, ConvSpec, Plan, inspect_model, rewrite, tune
-from diagconv_tf.inspection import STOCK
 from diagconv_tf.lowerings import Diagonal, Shifted, why_not
 from diagconv_tf.measurements import WRONG_NUMBERS, Measured
-from diagconv_tf.model_tree import place_layers
-from diagconv_tf.spec import PASSES
+from diagconv_tf.model_tree import walk_layers
+from diagconv_tf.spec import PASSES, STOCK
 from diagconv_tf.tuning.candidates import first_candidates, further_candidates
 from diagconv_tf.tuning.choosing import choose_lowering, choose_variant
 from diagconv_tf.tuning.keys import of_problem, of_training_step
@@ -450,8 +449,8 @@ def test_a_plan_prints_as_tables(lab, run):
 
 def state_of(model):
     return {
-        "classes": [type(place.layer) for place in place_layers(model)],
-        "attributes": [set(vars(place.layer)) for place in place_layers(model)],
+        "classes": [type(place.layer) for place in walk_layers(model)],
+        "attributes": [set(vars(place.layer)) for place in walk_layers(model)],
         "functions": [getattr(model, f"{kind}_function") for kind in ("train", "test", "predict")],
         "weights": [np.array(keras.ops.convert_to_numpy(v)).tolist() for v in model.variables],
         "compiled": [vars(model).get(n) for n in ("compiled", "optimizer", "loss", "_jit_compile")],
@@ -586,7 +585,7 @@ def test_made_up_targets_fit_the_loss(loss, dtype, shape):
     assert tuple(batch.x.shape) == (5, 8, 8, 4)
     assert tuple(batch.y.shape) == shape
     assert keras.backend.standardize_dtype(batch.y.dtype) == dtype
-    assert batch.made_up == ("x", "y")
+    assert batch.synthetic == ("x", "y")
 
 
 def test_several_inputs_and_outputs_are_made_up_in_their_structure():
@@ -604,7 +603,7 @@ def test_given_batches_are_cut_or_repeated():
     model = compiled(model_zoo.operations())
     x, y, weight = np.random.rand(3, 8, 8, 4), np.random.rand(3, 3), np.arange(3.0)
     batch = sample_batch(model, 2, (x, y, weight))
-    assert batch.made_up == ()
+    assert batch.synthetic == ()
     assert tuple(batch.y.shape) == (2, 3)
     batch = sample_batch(model, 4, (x, y, weight))
     repeated = keras.ops.convert_to_numpy(batch.sample_weight)

@@ -12,6 +12,7 @@ import keras
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from diagconv_tf import keras_internals
 from diagconv_tf.spec import ConvSpec
 
 
@@ -153,9 +154,7 @@ class ProcessStore:
 
     def __init__(self) -> None:
         # JAX has no public way to it; its collective operations time out.
-        from jax._src import distributed
-
-        self._client = distributed.global_state.client
+        self._client = keras_internals.jax_coordination_client()
 
     def put(self, key: str, text: str) -> None:
         self._client.key_value_set(key, text)

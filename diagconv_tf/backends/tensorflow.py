@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util
 
+from diagconv_tf import keras_internals
 from diagconv_tf.spec import ConvSpec
 
 
@@ -105,7 +105,7 @@ def spread(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
 
 def is_compiled_for_cpu() -> bool:
     # The only way to learn it while a function is traced.
-    in_xla = control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+    in_xla = keras_internals.is_traced_for_xla(tf.compat.v1.get_default_graph())
     return in_xla and default_device()[0] == "cpu"
 
 
@@ -122,7 +122,7 @@ def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
         graph = tf.compat.v1.get_default_graph()
         if tf.executing_eagerly() or not graph.building_function:
             return function(*args)
-        return in_context[bool(control_flow_util.GraphOrParentsInXlaContext(graph))](*args)
+        return in_context[keras_internals.is_traced_for_xla(graph)](*args)
 
     return call
 

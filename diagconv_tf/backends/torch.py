@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch.nn import functional, grad
 
+from diagconv_tf import keras_internals
 from diagconv_tf.spec import ConvSpec
 
 
 def default_device() -> tuple[str, str]:
-    from keras.src.backend.torch.core import get_device
-
-    device = torch.device(get_device())
+    device = torch.device(keras_internals.torch_device())
     if device.type == "cuda":
         return "gpu", torch.cuda.get_device_name(device)
     return device.type, ""

@@ -9,10 +9,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from diagconv_tf import error_text, tracing
+from diagconv_tf import tracing
 from diagconv_tf.exporting.full_precision import without_tf32
 from diagconv_tf.exporting.report import ExportError
-from diagconv_tf.model_tree import place_layers
+from diagconv_tf.model_tree import walk_layers
+from diagconv_tf.text import summarize_error
 
 #: Largest difference, relative to the largest output. float32 and float64 leave
 #: room for some hundred roundings in another order. In half precision, runtimes
@@ -36,7 +37,7 @@ class Difference:
 
 def tolerance_of(model: keras.Model, outputs: Sequence[np.ndarray]) -> float:
     """The tolerance of the coarsest precision in the layers and the outputs."""
-    dtypes = {placed.layer.compute_dtype for placed in place_layers(model)}
+    dtypes = {placed.layer.compute_dtype for placed in walk_layers(model)}
     # JAX computes in float32 where a layer says float64, unless told otherwise.
     dtypes |= {str(array.dtype) for array in outputs}
     return max(TOLERANCES.get(dtype, 0.0) for dtype in dtypes) or TOLERANCES["float32"]
@@ -85,7 +86,7 @@ def run_keras(model: keras.Model, inputs: Any) -> list[np.ndarray]:
     except Exception as error:
         raise ExportError(
             "Keras could not run the model; are these inputs that it is made for (see `sample`)? "
-            f"{error_text.summary(error, lines=2)}"
+            f"{summarize_error(error, lines=2)}"
         ) from error
     if not all(np.isfinite(array.astype("float64")).all() for array in outputs):
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from diagconv_tf import distribution, error_text, files
+from diagconv_tf import distribution, files
 from diagconv_tf.copying import copy_model
 from diagconv_tf.exporting import comparing
 from diagconv_tf.exporting.base import Format
@@ -21,6 +21,7 @@ from diagconv_tf.exporting.onnx import Onnx
 from diagconv_tf.exporting.report import ExportError, ExportReport
 from diagconv_tf.exporting.saved_model import SavedModel
 from diagconv_tf.model_tree import check_built
+from diagconv_tf.text import summarize_error
 
 FORMATS: tuple[Format, ...] = (SavedModel(), LiteRT(), Onnx())
 
@@ -231,7 +232,7 @@ def _write(
         except Exception as error:
             raise ExportError(
                 f"Keras could not export the model as {file_format.name} on the "
-                f"{keras.backend.backend()} backend: {error_text.summary(error, lines=2)}"
+                f"{keras.backend.backend()} backend: {summarize_error(error, lines=2)}"
             ) from error
 
 
@@ -240,7 +241,7 @@ def _count_depthwise(file_format: Format, path: str, calls: int, native: bool) -
         found = file_format.count_depthwise(path)
     except Exception as error:
         raise ExportError(
-            f"The exported {file_format.name} cannot be read: {error_text.summary(error, lines=2)}"
+            f"The exported {file_format.name} cannot be read: {summarize_error(error, lines=2)}"
         ) from error
     if native and found is not None and found < calls:
         raise ExportError(
@@ -264,7 +265,7 @@ def _compare(
         outputs = [run(batch, names) for batch in inputs]
     except Exception as error:
         raise ExportError(
-            f"The exported {file_format.name} does not run: {error_text.summary(error, lines=2)}"
+            f"The exported {file_format.name} does not run: {summarize_error(error, lines=2)}"
         ) from error
     pairs = zip(outputs, expected, strict=True)
     return runtime, [comparing.difference(output, wanted) for output, wanted in pairs]

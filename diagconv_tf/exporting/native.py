@@ -7,12 +7,11 @@ from collections.abc import Iterator
 
 import keras
 
-from diagconv_tf.inspection import STOCK
-from diagconv_tf.layer_classes import become, kept_classes
+from diagconv_tf.class_swap import become, instance_attribute, kept_classes
 from diagconv_tf.layers import DiagonalwiseConv2D, LoweredLayer
-from diagconv_tf.model_tree import place_layers
-from diagconv_tf.own_attribute import own_attribute
+from diagconv_tf.model_tree import walk_layers
 from diagconv_tf.rules import DEFAULT_RULES, find_rule
+from diagconv_tf.spec import STOCK
 
 
 @contextlib.contextmanager
@@ -27,7 +26,7 @@ def native_convolutions(model: keras.Model) -> Iterator[None]:
     `Conv2D` layers with one input channel per group run TensorFlow's depthwise
     op, which stock Keras does not use for them.
     """
-    layers = [place.layer for place in place_layers(model)]
+    layers = [place.layer for place in walk_layers(model)]
     with kept_classes(layers):
         for layer in layers:
             rule = find_rule(layer, DEFAULT_RULES)
@@ -50,13 +49,13 @@ def counted_depthwise_calls(model: keras.Model) -> Iterator[list[str]]:
     """
     calls: list[str] = []
     with contextlib.ExitStack() as hooks:
-        for placed in place_layers(model):
+        for placed in walk_layers(model):
             layer = placed.layer
             if find_rule(layer, DEFAULT_RULES) is not None and (
                 not isinstance(layer, keras.layers.Conv2D) or _is_depthwise_conv2d(layer)
             ):
                 counted = _counted(layer.call, placed.path, calls)
-                hooks.enter_context(own_attribute(layer, "call", counted))
+                hooks.enter_context(instance_attribute(layer, "call", counted))
         yield calls
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from typing import Any
 
-from diagconv_tf.spec import Conditions, ConvSpec
+from diagconv_tf.spec import ConvSpec
 
 
 class Lowering(abc.ABC):
@@ -13,7 +13,7 @@ class Lowering(abc.ABC):
 
     Laws, tested for every lowering:
 
-    - for a pass with no `why_not`, the result equals the framework's own
+    - where `why_not` has no reason, the result equals the framework's own
       convolution within the rounding of `spec.compute_dtype`;
     - the passes are linear in each argument and each other's derivatives;
     - tensors come in the layout of `spec.data_format`, batch and size may be
@@ -33,8 +33,8 @@ class Lowering(abc.ABC):
         """The string that `parse` turns into this lowering."""
 
     @abc.abstractmethod
-    def why_not(self, spec: ConvSpec, pass_name: str, conditions: Conditions) -> list[str]:
-        """Every reason why the pass cannot be computed; [] where it can."""
+    def why_not(self, spec: ConvSpec) -> list[str]:
+        """Every reason why it cannot compute `spec`; [] where it can."""
 
     @abc.abstractmethod
     def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:

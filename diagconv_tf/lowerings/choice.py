@@ -15,7 +15,7 @@ from diagconv_tf.lowerings.base import Lowering
 from diagconv_tf.lowerings.diagonal import Diagonal, DiagonalGrouped
 from diagconv_tf.lowerings.native import Native
 from diagconv_tf.lowerings.shifted import Shifted
-from diagconv_tf.spec import PASSES, Conditions, ConvSpec
+from diagconv_tf.spec import PASSES, ConvSpec
 
 #: What users write for one lowering, or for one per pass.
 LoweringLike = str | Mapping[str, str]
@@ -105,43 +105,23 @@ def _parse_name(name: Any, received: Any) -> Lowering:
     raise ValueError(f"Expected `lowering` to be {ACCEPTED}. Received: lowering={received!r}")
 
 
-def why_not(
-    spec: ConvSpec,
-    lowering: LoweringLike | LoweringChoice,
-    pass_name: str | None = None,
-    conditions: Conditions | None = None,
-) -> list[str]:
-    """Every reason why a lowering cannot compute a problem; [] means it can.
+def why_not(spec: ConvSpec, lowering: LoweringLike | LoweringChoice) -> list[str]:
+    """Every reason why a lowering cannot compute a workload; [] means it can.
 
-    This alone decides support: whatever it does not refuse runs.
+    This alone decides support: whatever it does not refuse runs, on every
+    backend, device and pass.
 
     Args:
-        spec: the problem.
+        spec: the workload.
         lowering: as a layer's `lowering`.
-        pass_name: `"forward"`, `"input_gradient"` or `"kernel_gradient"`; None
-            asks for all of them.
-        conditions: where it would run; None means this process.
 
     Raises:
-        ValueError: if `lowering` or `pass_name` is not known.
+        ValueError: if `lowering` is not known.
     """
     choice = parse(lowering)
-    if pass_name is not None and pass_name not in PASSES:
-        raise ValueError(
-            f"Expected `pass_name` to be one of {PASSES} or None. Received: pass_name={pass_name!r}"
-        )
-    conditions = conditions or _current_conditions()
-    reasons: list[str] = []
-    for name in PASSES if pass_name is None else (pass_name,):
-        for reason in choice.for_pass(name).why_not(spec, name, conditions):
-            if reason not in reasons:
-                reasons.append(reason)
-    return reasons
-
-
-@functools.cache
-def _current_conditions() -> Conditions:
-    return Conditions.current()
+    lowerings = dict.fromkeys(choice.for_pass(name) for name in PASSES)
+    reasons = (reason for lowering in lowerings for reason in lowering.why_not(spec))
+    return list(dict.fromkeys(reasons))
 
 
 def convolve(spec: ConvSpec, choice: LoweringChoice, inputs: Any, kernel: Any) -> Any:

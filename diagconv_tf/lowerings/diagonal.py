@@ -19,7 +19,7 @@ from keras import ops
 
 from diagconv_tf.lowerings.base import Lowering
 from diagconv_tf.lowerings.native import Native
-from diagconv_tf.spec import Conditions, ConvSpec
+from diagconv_tf.spec import ConvSpec
 
 _NATIVE = Native()
 
@@ -88,7 +88,7 @@ class Diagonal(Lowering):
     def name(self) -> str:
         return "dense" if self.channels is None else f"diagonal:{self.channels}"
 
-    def why_not(self, spec: ConvSpec, pass_name: str, conditions: Conditions) -> list[str]:
+    def why_not(self, spec: ConvSpec) -> list[str]:
         return []
 
     def blocks(self, spec: ConvSpec) -> list[ConvSpec]:
@@ -165,7 +165,7 @@ class DiagonalGrouped(Lowering):
     def name(self) -> str:
         return f"diagonal_grouped:{self.channels}"
 
-    def why_not(self, spec: ConvSpec, pass_name: str, conditions: Conditions) -> list[str]:
+    def why_not(self, spec: ConvSpec) -> list[str]:
         reasons = []
         if spec.input_channels % self.channels:
             reasons.append(

@@ -7,7 +7,7 @@ from typing import Any
 
 from diagconv_tf import backends
 from diagconv_tf.lowerings.base import Lowering
-from diagconv_tf.spec import Conditions, ConvSpec
+from diagconv_tf.spec import ConvSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Native(Lowering):
     def name(self) -> str:
         return "native"
 
-    def why_not(self, spec: ConvSpec, pass_name: str, conditions: Conditions) -> list[str]:
+    def why_not(self, spec: ConvSpec) -> list[str]:
         return []
 
     def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:

@@ -16,14 +16,13 @@ from typing import Any
 from diagconv_tf import backends, distribution
 from diagconv_tf.distribution import MeshAxis
 from diagconv_tf.lowerings.choice import LoweringChoice, LoweringLike, convolve, why_not
-from diagconv_tf.spec import Conditions, ConvSpec
+from diagconv_tf.spec import ConvSpec
 
 
 def why_not_sharded(
     spec: ConvSpec,
     lowering: LoweringLike | LoweringChoice,
     shards: int,
-    conditions: Conditions | None = None,
 ) -> list[str]:
     """Every reason why devices cannot compute their own channels; [] means they can.
 
@@ -33,7 +32,6 @@ def why_not_sharded(
         spec: the problem.
         lowering: as a layer's `lowering`.
         shards: number of devices that the channels are divided among.
-        conditions: where it would run; None means this process.
 
     Raises:
         ValueError: if `lowering` is not known.
@@ -41,7 +39,7 @@ def why_not_sharded(
     if spec.groups % shards:
         return [f"{spec.groups} groups are not divided by {shards} devices"]
     part = spec.replace(groups=spec.groups // shards)
-    return why_not(part, lowering, conditions=conditions)
+    return why_not(part, lowering)
 
 
 def convolve_sharded(

@@ -20,9 +20,10 @@ from typing import Any
 from keras import ops
 
 from diagconv_tf import backends
-from diagconv_tf.lowerings import precision, row_loop, taps
+from diagconv_tf.lowerings import row_loop_gradient
+from diagconv_tf.lowerings import shift_geometry as geometry
 from diagconv_tf.lowerings.base import Lowering
-from diagconv_tf.spec import Conditions, ConvSpec
+from diagconv_tf.spec import ConvSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,59 +34,63 @@ class Shifted(Lowering):
     def name(self) -> str:
         return "shifted"
 
-    def why_not(self, spec: ConvSpec, pass_name: str, conditions: Conditions) -> list[str]:
+    def why_not(self, spec: ConvSpec) -> list[str]:
         return []
 
     def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
-        sizes = taps.spatial_sizes(spec, inputs)
-        padded = taps.pad(spec, precision.widen(inputs), spec.padding_for(sizes))
-        windows = taps.windows(
+        sizes = geometry.spatial_sizes(spec, inputs)
+        padded = geometry.pad(spec, geometry.widen(inputs), spec.padding_for(sizes))
+        windows = geometry.windows(
             spec,
-            taps.per_group(spec, padded, spec.input_channels_per_group),
+            geometry.per_group(spec, padded, spec.input_channels_per_group),
             [spec.output_length(axis, size) for axis, size in enumerate(sizes)],
             spec.strides,
         )
         total = None
-        for window, tap in zip(windows, taps.taps_of(spec, precision.widen(kernel)), strict=True):
+        for window, tap in zip(
+            windows, geometry.taps_of(spec, geometry.widen(kernel)), strict=True
+        ):
             for channel in range(spec.input_channels_per_group):
-                product = taps.channel_of(spec, window, channel) * tap[channel]
+                product = geometry.channel_of(spec, window, channel) * tap[channel]
                 total = product if total is None else total + product
-        outputs = taps.merge_groups(spec, total, spec.output_channels)
+        outputs = geometry.merge_groups(spec, total, spec.output_channels)
         return ops.cast(outputs, inputs.dtype)
 
     def input_gradient(
         self, spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple
     ) -> Any:
         sizes = [input_shape[axis] for axis in spec.spatial_axes]
-        spread, axes = taps.reads_of_gradient(spec, precision.widen(output_gradient), sizes)
-        spread = taps.per_group(spec, spread, spec.output_channels_per_group)
-        weights = taps.taps_of(spec, precision.widen(kernel))
+        spread, axes = geometry.reads_of_gradient(spec, geometry.widen(output_gradient), sizes)
+        spread = geometry.per_group(spec, spread, spec.output_channels_per_group)
+        weights = geometry.taps_of(spec, geometry.widen(kernel))
         strides = [len(axis.phases) for axis in axes]
         total = None
         for vertical, horizontal in itertools.product(*map(range, strides)):
             terms = [
                 (
-                    taps.window(spec, spread, (top, left), (axes[0].count, axes[1].count)),
+                    geometry.window(spec, spread, (top, left), (axes[0].count, axes[1].count)),
                     weights[u * spec.kernel_size[1] + v],
                 )
                 for u, top in axes[0].phases[vertical]
                 for v, left in axes[1].phases[horizontal]
             ]
             if terms:
-                phase = taps.merge_groups(spec, _transposed_sum(spec, terms), spec.input_channels)
+                phase = geometry.merge_groups(
+                    spec, _transposed_sum(spec, terms), spec.input_channels
+                )
                 if strides != [1, 1]:
                     offsets = (vertical, horizontal)
                     phase = backends.current().spread(phase, spec.spatial_axes, strides, offsets)
                 total = phase if total is None else total + phase
         if strides != [1, 1]:
-            total = taps.window(spec, total, (0, 0), sizes)
+            total = geometry.window(spec, total, (0, 0), sizes)
         return ops.cast(total, output_gradient.dtype)
 
     def kernel_gradient(self, spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
-        padded = taps.pad(spec, inputs, spec.padding_for(taps.spatial_sizes(spec, inputs)))
+        padded = geometry.pad(spec, inputs, spec.padding_for(geometry.spatial_sizes(spec, inputs)))
         # XLA refuses to slice an image out of none, also in a loop that never runs.
         if backends.current().is_compiled_for_cpu() and inputs.shape[0] != 0:
-            gradient = row_loop.sum_row_by_row(spec, padded, output_gradient)
+            gradient = row_loop_gradient.sum_row_by_row(spec, padded, output_gradient)
         else:
             gradient = _sum_tap_by_tap(spec, padded, output_gradient)
         return ops.cast(ops.reshape(gradient, spec.kernel_shape), inputs.dtype)
@@ -93,20 +98,20 @@ class Shifted(Lowering):
 
 def _sum_tap_by_tap(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any:
     """The kernel gradient, `(taps * input channels of a group, …)`: a sum over all for each."""
-    gradient = taps.per_group(
-        spec, precision.widen(output_gradient), spec.output_channels_per_group
+    gradient = geometry.per_group(
+        spec, geometry.widen(output_gradient), spec.output_channels_per_group
     )
-    windows = taps.windows(
+    windows = geometry.windows(
         spec,
-        taps.per_group(spec, precision.widen(padded), spec.input_channels_per_group),
-        taps.spatial_sizes(spec, output_gradient),
+        geometry.per_group(spec, geometry.widen(padded), spec.input_channels_per_group),
+        geometry.spatial_sizes(spec, output_gradient),
         spec.strides,
     )
-    axes = (0, *(taps.grouped_axis(spec, axis) for axis in spec.spatial_axes))
+    axes = (0, *(geometry.grouped_axis(spec, axis) for axis in spec.spatial_axes))
     return ops.stack(
         [
             # At once, so that no two products are in memory.
-            ops.sum(taps.channel_of(spec, window, channel) * gradient, axis=axes)
+            ops.sum(geometry.channel_of(spec, window, channel) * gradient, axis=axes)
             for window in windows
             for channel in range(spec.input_channels_per_group)
         ]
@@ -115,7 +120,7 @@ def _sum_tap_by_tap(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any:
 
 def _transposed_sum(spec: ConvSpec, terms: list[tuple[Any, list[Any]]]) -> Any:
     """Windows times taps, summed, for every input channel of a group."""
-    axis = taps.inner_axis(spec)
+    axis = geometry.inner_axis(spec)
     totals: list[Any] = [None] * spec.input_channels_per_group
     for window, tap in terms:
         for channel, total in enumerate(totals):

@@ -20,8 +20,9 @@ import filelock
 import platformdirs
 from absl import logging
 
-from diagconv_tf import files, json_text
+from diagconv_tf import files
 from diagconv_tf.measurements import Measured
+from diagconv_tf.text import to_readable_json
 
 #: Names the folder, where the argument does not.
 ENVIRONMENT_VARIABLE = "DIAGCONV_CACHE_DIR"
@@ -93,7 +94,7 @@ class Cache:
                 merged = {**self.read(key), **measured}
                 content = CacheEntry(path, key, merged).to_dict()
                 del content["path"]
-                files.write_text(path, json_text.dumps({"format": _FORMAT, **content}))
+                files.write_text(path, to_readable_json({"format": _FORMAT, **content}))
         except (OSError, filelock.Timeout) as error:
             self._warn("write", path, error)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from diagconv_tf.inspection import STOCK
+from diagconv_tf.environment import Conditions
 from diagconv_tf.lowerings import why_not
-from diagconv_tf.spec import Conditions, ConvSpec
+from diagconv_tf.spec import STOCK, ConvSpec
 from diagconv_tf.tuning.problems import Problem
 
 #: Kernel taps times input channels of a group. `"shifted"` makes a product for
@@ -45,9 +45,7 @@ def _possible(spec: ConvSpec, names: list[str], conditions: Conditions) -> list[
     return [
         name
         for name in possible
-        if name is not None
-        and _is_sensible(spec, name, conditions)
-        and not why_not(spec, name, conditions=conditions)
+        if name is not None and _is_sensible(spec, name, conditions) and not why_not(spec, name)
     ]
 
 

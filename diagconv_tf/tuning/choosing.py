@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from diagconv_tf.inspection import STOCK
 from diagconv_tf.lowerings import LoweringLike, why_not
 from diagconv_tf.measurements import Measured, ProblemMeasurements, total
-from diagconv_tf.spec import PASSES
+from diagconv_tf.spec import PASSES, STOCK
 from diagconv_tf.tuning.problems import Problem, similarity
 
 #: A first step (or compilation) may take so many times stock's without further ado.

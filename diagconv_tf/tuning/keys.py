@@ -16,10 +16,11 @@ import keras
 import numpy as np
 
 from diagconv_tf import backends
-from diagconv_tf.inspection import STOCK, Inspection
+from diagconv_tf.environment import Conditions
+from diagconv_tf.inspection import Inspection
 from diagconv_tf.layers import LoweredLayer
-from diagconv_tf.model_tree import place_layers
-from diagconv_tf.spec import Conditions
+from diagconv_tf.model_tree import walk_layers
+from diagconv_tf.spec import STOCK
 from diagconv_tf.tuning.cache import fingerprint
 from diagconv_tf.tuning.problems import Problem
 
@@ -91,7 +92,7 @@ def _code() -> str:
 def _structure(model: keras.Model, inspection: Inspection) -> list[Any]:
     """Layers, without names, which Keras counts up, and without lowerings."""
     layers = []
-    for place in place_layers(model):
+    for place in walk_layers(model):
         layer = place.layer
         ours = isinstance(layer, LoweredLayer)
         layers.append(

@@ -15,10 +15,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from diagconv_tf.inspection import STOCK
+from diagconv_tf.environment import Conditions
 from diagconv_tf.lowerings import convolve, parse
 from diagconv_tf.measurements import WRONG_NUMBERS, Measured
-from diagconv_tf.spec import Conditions, ConvSpec
+from diagconv_tf.spec import STOCK, ConvSpec
 from diagconv_tf.timing import time_interleaved
 from diagconv_tf.tuning.problems import Problem
 from diagconv_tf.tuning.pruning import first_samples

@@ -21,13 +21,13 @@ class SampleBatch:
         x: inputs.
         y: targets, or None.
         sample_weight: or None.
-        made_up: what of these is made up, of `"x"` and `"y"`.
+        synthetic: what of these is made up, of `"x"` and `"y"`.
     """
 
     x: Any
     y: Any
     sample_weight: Any
-    made_up: tuple[str, ...]
+    synthetic: tuple[str, ...]
 
 
 def check_inputs_can_be_made_up(model: keras.Model, batch_size: int) -> None:
@@ -62,23 +62,23 @@ def sample_batch(model: keras.Model, batch_size: int, data: Any = None) -> Sampl
     """
     rng = np.random.default_rng(0)
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-    made_up = []
+    synthetic = []
     if x is None:
         check_inputs_can_be_made_up(model, batch_size)
         declared = tracing.symbolic_inputs(model, batch_size)
         x = keras.tree.map_structure(lambda tensor: rng.normal(size=tensor.shape), declared)
         x = keras.tree.map_structure(_to_tensor, x, keras.tree.map_structure(_dtype, declared))
-        made_up.append("x")
+        synthetic.append("x")
     else:
         x = keras.tree.map_structure(lambda value: _resized(value, batch_size), x)
     if y is None:
         y = _made_up_targets(model, x, rng)
-        made_up.append("y")
+        synthetic.append("y")
     else:
         y = keras.tree.map_structure(lambda value: _resized(value, batch_size), y)
     if weight is not None:
         weight = keras.tree.map_structure(lambda value: _resized(value, batch_size), weight)
-    return SampleBatch(x, y, weight, tuple(made_up))
+    return SampleBatch(x, y, weight, tuple(synthetic))
 
 
 def _made_up_targets(model: keras.Model, x: Any, rng: np.random.Generator) -> Any:

@@ -18,15 +18,14 @@ from typing import Any
 import keras
 from absl import logging
 
-from diagconv_tf import step_functions
+from diagconv_tf.class_swap import LayerState, become, recompile
 from diagconv_tf.copying import copy_model
-from diagconv_tf.inspection import STOCK
-from diagconv_tf.layer_classes import LayerState, become
+from diagconv_tf.environment import Conditions
 from diagconv_tf.lowerings import LoweringLike
 from diagconv_tf.measurements import Measured
-from diagconv_tf.model_tree import place_layers
+from diagconv_tf.model_tree import walk_layers
 from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
-from diagconv_tf.spec import Conditions
+from diagconv_tf.spec import STOCK
 from diagconv_tf.timing import time_interleaved
 from diagconv_tf.training_steps import TrainingSteps
 from diagconv_tf.tuning.pruning import first_samples
@@ -98,7 +97,7 @@ class TrainingBench:
         self._calls = 1 if on_host else STEPS_ON_DEVICE
         self._layers = {
             place.path: (place.layer, find_rule(place.layer, rules))
-            for place in place_layers(self.model)
+            for place in walk_layers(self.model)
             if find_rule(place.layer, rules) is not None
         }
         self._variants: dict[str, _Compiled] = {}
@@ -114,7 +113,7 @@ class TrainingBench:
             become(layer, rule, variant.get(path, STOCK))
             for path, (layer, rule) in self._layers.items()
         ]
-        step_functions.renew(self.model, "train")
+        recompile(self.model, "train")
         self._variants[name] = _Compiled(states, self.model.train_function)
         timings = first_samples({name: lambda: self._step(name)}, self.clock, self._calls)[name]
         self.first[name] = Measured.from_timings(timings)

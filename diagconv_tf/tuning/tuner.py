@@ -20,18 +20,18 @@ from typing import Any
 
 import keras
 from absl import logging
-from keras.src.trainers.trainer import model_supports_jit
 
-from diagconv_tf import distribution
+from diagconv_tf import distribution, keras_internals
 from diagconv_tf.distribution import Replicas
-from diagconv_tf.inspection import STOCK, Inspection, inspect_model
+from diagconv_tf.environment import Conditions
+from diagconv_tf.inspection import Inspection, inspect_model
 from diagconv_tf.layers import kernel_channels_axis
 from diagconv_tf.lowerings import LoweringLike, why_not
 from diagconv_tf.measurements import Measured, ProblemMeasurements
 from diagconv_tf.model_tree import check_built
 from diagconv_tf.plan import Plan
 from diagconv_tf.rules import DEFAULT_RULES, Rule
-from diagconv_tf.spec import PASSES, Conditions
+from diagconv_tf.spec import PASSES, STOCK
 from diagconv_tf.tuning import candidates, choosing, keys
 from diagconv_tf.tuning.cache import Cache
 from diagconv_tf.tuning.first_process import from_first_process
@@ -173,8 +173,12 @@ def _check_arguments(batch_size: Any, jit_compile: Any, budget_seconds: Any) -> 
 def _will_be_compiled(model: keras.Model, jit_compile: bool | str) -> bool:
     if jit_compile == "auto":
         # Reading the property of a model that is not compiled would set it.
-        return bool(model.jit_compile if model.compiled else model._resolve_auto_jit_compile())
-    return bool(jit_compile) and model_supports_jit(model)
+        return (
+            bool(model.jit_compile)
+            if model.compiled
+            else keras_internals.resolve_jit_compile(model)
+        )
+    return bool(jit_compile) and keras_internals.supports_jit(model)
 
 
 def _check_not_eager(model: keras.Model, compiled: bool) -> None:
@@ -330,7 +334,7 @@ class _Tuner:
         if not stock.ok:
             native = {row.path: "native" for row in self.inspection.rows if row.eligible}
             if not self.bench.add("native", native).ok:
-                _raise_untrainable(self.model, stock, self.bench.batch.made_up)
+                _raise_untrainable(self.model, stock, self.bench.batch.synthetic)
         if stock.ok and self.deadline is not None:
             self.reserved = (
                 _FIRST_STEPS_RESERVED * stock.first_seconds + _STEPS_RESERVED * stock.median
@@ -348,9 +352,7 @@ class _Tuner:
                 # Where it was not worth measuring, it would be slow.
                 if not problem.passes or problem.runs(name)
                 for path in problem.layers
-                if not any(
-                    why_not(spec, name, conditions=self.conditions) for spec in rows[path].specs
-                )
+                if not any(why_not(spec, name) for spec in rows[path].specs)
             }
             if variant and variant not in variants.values():
                 variants[name] = variant
@@ -444,9 +446,9 @@ def _measurements(
     )
 
 
-def _raise_untrainable(model: keras.Model, stock: Measured, made_up: tuple[str, ...]) -> None:
-    advice = "; pass a batch of it as `data`" if made_up else ""
-    of = f", on made-up {' and '.join(made_up)}" if made_up else ""
+def _raise_untrainable(model: keras.Model, stock: Measured, synthetic: tuple[str, ...]) -> None:
+    advice = "; pass a batch of it as `data`" if synthetic else ""
+    of = f", on synthetic {' and '.join(synthetic)}" if synthetic else ""
     raise ValueError(
         f"Expected a model that can be trained{advice}. Received: '{model.name}', whose training "
         f"step fails{of}: {stock.error}"

@@ -21,9 +21,7 @@ from dataclasses import dataclass, field
 import keras
 import numpy as np
 
-# Not exported, but what Keras's own `get_data_adapter` looks for.
-from keras.src.trainers.data_adapters.data_adapter import DataAdapter
-
+from diagconv_tf import keras_internals
 from recipes.data.image_data import ImageData
 from recipes.data.sources import PixelExamples
 
@@ -85,7 +83,7 @@ class SyntheticExamples:
         return np.clip(self.patterns[labels] + noise, 0, 255).astype("uint8"), labels
 
 
-class RepeatedBatch(DataAdapter):
+class RepeatedBatch(keras_internals.data_adapter_class()):
     """The same batch at every step, as it is.
 
     Args:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 
-from diagconv_tf.inspection import STOCK
 from diagconv_tf.layers import LoweredLayer
 from diagconv_tf.lowerings import LoweringChoice, LoweringLike, parse
-from diagconv_tf.model_tree import place_layers
+from diagconv_tf.model_tree import walk_layers
 from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
+from diagconv_tf.spec import STOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +100,51 @@ def kept_classes(layers: Sequence[keras.layers.Layer]) -> Iterator[None]:
 @contextlib.contextmanager
 def stock_classes(model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES) -> Iterator[None]:
     """Inside, a model's layers are Keras's own: for writing what must look stock."""
-    layers = [place.layer for place in place_layers(model)]
+    layers = [place.layer for place in walk_layers(model)]
     with kept_classes(layers):
         for layer in layers:
             rule = find_rule(layer, rules)
             if rule is not None and type(layer) is rule.replacement:
                 become(layer, rule, STOCK)
         yield
+
+
+@contextlib.contextmanager
+def instance_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, `owner` itself has the attribute, before its class; then what it had.
+
+    Nothing that watches attributes (Keras, TensorFlow, PyTorch) hears of it.
+    """
+    attributes = vars(owner)
+    before = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        del attributes[name]
+        attributes.update(before)
+
+
+#: What `fit`, `evaluate` and `predict` run.
+STEP_KINDS = ("train", "test", "predict")
+
+
+def recompile(model: keras.Model, kind: str) -> None:
+    """Makes a model's function anew, to be traced with the layers of now.
+
+    JAX finds what it has compiled by equal functions, and a model's `train_step`
+    equals itself: as long as anybody holds the old function (the traceback of an
+    interrupted `fit`, say) its program would go on. So Keras gets another step.
+
+    Args:
+        model: a model that has, or could make, the function.
+        kind: one of `STEP_KINDS`.
+    """
+    step = getattr(model, f"{kind}_step")
+
+    @functools.wraps(step)
+    def another_step(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **kwargs)
+
+    with instance_attribute(model, f"{kind}_step", another_step):
+        getattr(model, f"make_{kind}_function")(force=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from keras import ops
 
-from diagconv_tf.lowerings import precision, taps
+from diagconv_tf.lowerings import shift_geometry as geometry
 from diagconv_tf.spec import ConvSpec
 
 
@@ -24,7 +24,7 @@ def sum_row_by_row(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any:
         `(kernel rows, kernel columns * input channels of a group, groups, outputs of a
         group)`, with axes of size 1 between them.
     """
-    _, width = taps.spatial_sizes(spec, output_gradient)
+    _, width = geometry.spatial_sizes(spec, output_gradient)
     # With 16 to 32 channels 3 times faster, else no faster (JAX, 2 cores, 3x3 and 5x5).
     one_to_one = spec.input_channels_per_group == spec.output_channels_per_group == 1
     thin = one_to_one and spec.groups <= 32
@@ -32,11 +32,11 @@ def sum_row_by_row(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any:
         totals = _totals_of_flat_rows(spec, padded, output_gradient)
     else:
         totals = _totals_of_rows(spec, padded, output_gradient)
-    vertical, horizontal = (taps.grouped_axis(spec, axis) for axis in spec.spatial_axes)
+    vertical, horizontal = (geometry.grouped_axis(spec, axis) for axis in spec.spatial_axes)
     shape = [1] * 5
     shape[vertical], shape[horizontal] = spec.kernel_size[0], width
     shape[spec.channel_axis] = spec.groups
-    shape[taps.inner_axis(spec)] = spec.output_channels_per_group
+    shape[geometry.inner_axis(spec)] = spec.output_channels_per_group
     sums = ops.stack([ops.sum(ops.reshape(t, shape), axis=(0, horizontal)) for t in totals])
     # (columns * channels, kernel rows, groups, outputs), or rows last.
     return ops.moveaxis(sums, 1 if spec.channel_axis == 3 else 3, 0)
@@ -58,7 +58,7 @@ def _totals_of_flat_rows(spec: ConvSpec, padded: Any, output_gradient: Any) -> t
 
     def row_of(tensor: Any, image: Any, first: Any, count: int) -> Any:
         shape = (1, count, ops.shape(tensor)[2])
-        return precision.widen(ops.slice(tensor, (image, first, 0), shape))
+        return geometry.widen(ops.slice(tensor, (image, first, 0), shape))
 
     def add_row(index: Any, totals: tuple) -> tuple:
         image, row = index // rows, index % rows
@@ -71,7 +71,7 @@ def _totals_of_flat_rows(spec: ConvSpec, padded: Any, output_gradient: Any) -> t
         )
 
     padded, output_gradient = flatten(padded), flatten(output_gradient)
-    zeros = ops.zeros((1, spec.kernel_size[0], width * channels), precision.widened_dtype(padded))
+    zeros = ops.zeros((1, spec.kernel_size[0], width * channels), geometry.widened_dtype(padded))
     return ops.fori_loop(0, batch * rows, add_row, (zeros,) * spec.kernel_size[1])
 
 
@@ -81,8 +81,8 @@ def _totals_of_rows(spec: ConvSpec, padded: Any, output_gradient: Any) -> tuple:
     Each is `(1, kernel rows, width, groups, outputs of a group)`, or channels first.
     """
     batch = ops.shape(padded)[0]
-    rows, width = taps.spatial_sizes(spec, output_gradient)
-    vertical, horizontal = (taps.grouped_axis(spec, axis) for axis in spec.spatial_axes)
+    rows, width = geometry.spatial_sizes(spec, output_gradient)
+    vertical, horizontal = (geometry.grouped_axis(spec, axis) for axis in spec.spatial_axes)
     extent = (spec.kernel_size[0] - 1) * spec.dilation_rate[0] + 1
     channels = range(spec.input_channels_per_group)
 
@@ -90,16 +90,16 @@ def _totals_of_rows(spec: ConvSpec, padded: Any, output_gradient: Any) -> tuple:
         starts, shape = [0] * 4, list(ops.shape(tensor))
         starts[0], shape[0] = image, 1
         starts[spec.spatial_axes[0]], shape[spec.spatial_axes[0]] = first, count
-        return precision.widen(ops.slice(tensor, starts, shape))
+        return geometry.widen(ops.slice(tensor, starts, shape))
 
     def add_row(index: Any, totals: tuple) -> tuple:
         image, row = index // rows, index % rows
-        inputs = taps.per_group(
+        inputs = geometry.per_group(
             spec,
             row_of(padded, image, row * spec.strides[0], extent),
             spec.input_channels_per_group,
         )
-        gradient = taps.per_group(
+        gradient = geometry.per_group(
             spec, row_of(output_gradient, image, row, 1), spec.output_channels_per_group
         )
         columns = [[slice(None)] * 5 for _ in range(spec.kernel_size[1])]
@@ -108,7 +108,7 @@ def _totals_of_rows(spec: ConvSpec, padded: Any, output_gradient: Any) -> tuple:
             first, stride = column * spec.dilation_rate[1], spec.strides[1]
             window[horizontal] = slice(first, first + stride * (width - 1) + 1, stride)
         products = [
-            taps.channel_of(spec, inputs[tuple(window)], channel) * gradient
+            geometry.channel_of(spec, inputs[tuple(window)], channel) * gradient
             for window in columns
             for channel in channels
         ]
@@ -117,7 +117,7 @@ def _totals_of_rows(spec: ConvSpec, padded: Any, output_gradient: Any) -> tuple:
     shape = [1] * 5
     shape[vertical], shape[horizontal] = spec.kernel_size[0], width
     shape[spec.channel_axis] = spec.groups
-    shape[taps.inner_axis(spec)] = spec.output_channels_per_group
-    zeros = ops.zeros(shape, precision.widened_dtype(padded))
+    shape[geometry.inner_axis(spec)] = spec.output_channels_per_group
+    zeros = ops.zeros(shape, geometry.widened_dtype(padded))
     totals = (zeros,) * (spec.kernel_size[1] * len(channels))
     return ops.fori_loop(0, batch * rows, add_row, totals)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import keras
 from keras import ops
 
 from diagconv_tf import backends
@@ -165,3 +166,14 @@ def taps_of(spec: ConvSpec, kernel: Any) -> list[list[Any]]:
     count = math.prod(spec.kernel_size) * channels
     weights = ops.unstack(ops.reshape(kernel, (count, *shape)), count)
     return [weights[first : first + channels] for first in range(0, count, channels)]
+
+
+def widen(tensor: Any) -> Any:
+    """`tensor` in the dtype in which its products are summed."""
+    return ops.cast(tensor, widened_dtype(tensor))
+
+
+def widened_dtype(tensor: Any) -> str:
+    """float32 for half precision, else the tensor's own dtype."""
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    return "float32" if dtype in ("float16", "bfloat16") else dtype

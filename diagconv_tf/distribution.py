@@ -25,17 +25,17 @@ class Replicas:
     """Among whom the images of a batch are shared, and which process this is.
 
     Attributes:
-        replicas: parts into which a batch is divided, each computed by a copy
+        num_replicas: parts into which a batch is divided, each computed by a copy
             of the model of its own; 1 where nothing is shared.
-        processes: processes that train together.
-        process: the number of this one, from 0.
+        num_processes: processes that train together.
+        process_index: the number of this one, from 0.
     """
 
-    replicas: int = 1
-    processes: int = 1
-    process: int = 0
+    num_replicas: int = 1
+    num_processes: int = 1
+    process_index: int = 0
 
-    def share(self, batch_size: int) -> int:
+    def per_replica_batch(self, batch_size: int) -> int:
         """The images of one replica.
 
         Args:
@@ -44,14 +44,14 @@ class Replicas:
         Raises:
             ValueError: if the replicas do not divide it.
         """
-        if batch_size % self.replicas:
-            near = batch_size - batch_size % self.replicas
-            nearest = ", ".join(str(n) for n in (near, near + self.replicas) if n)
+        if batch_size % self.num_replicas:
+            near = batch_size - batch_size % self.num_replicas
+            nearest = ", ".join(str(n) for n in (near, near + self.num_replicas) if n)
             raise ValueError(
-                f"Expected a global batch size that {self.replicas} replicas divide (near: "
+                f"Expected a global batch size that {self.num_replicas} replicas divide (near: "
                 f"{nearest}). Received: batch_size={batch_size}"
             )
-        return batch_size // self.replicas
+        return batch_size // self.num_replicas
 
 
 def replicas_of(model: keras.Model | None = None) -> Replicas:
@@ -106,7 +106,7 @@ def is_distributed(model: keras.Model) -> bool:
     return any(map(keras_internals.is_sharded_by_keras, model.variables))
 
 
-def divided_variables(model: keras.Model) -> list[str]:
+def sharded_variables(model: keras.Model) -> list[str]:
     """Paths of the variables of which this process holds a part only."""
 
     def is_divided(value: Any) -> bool:

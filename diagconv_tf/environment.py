@@ -31,7 +31,7 @@ class Conditions:
         compiled: True under a compiler (XLA, torch.compile), False without,
             None where it is not known yet.
         versions: `((package, version), …)` of what computes.
-        replicas: among how many a batch is divided; times are those of one
+        num_replicas: among how many a batch is divided; times are those of one
             with its share.
         numeric_mode: `((setting, value), …)` of what the process has switched
             for its device, such as TensorFloat-32; see `Backend.numeric_mode`.
@@ -42,17 +42,17 @@ class Conditions:
     device_name: str
     compiled: bool | None
     versions: tuple[tuple[str, str], ...]
-    replicas: int = 1
+    num_replicas: int = 1
     numeric_mode: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def current(cls, compiled: bool | None = None, replicas: int = 1) -> Conditions:
+    def current(cls, compiled: bool | None = None, num_replicas: int = 1) -> Conditions:
         """The conditions of this process, on the device Keras would use.
 
         Args:
             compiled: whether the training step is compiled. Where nobody
                 says, JAX compiles; elsewhere it is not known.
-            replicas: among how many a batch will be divided; see
+            num_replicas: among how many a batch will be divided; see
                 `distribution.replicas_of`.
         """
         backend = keras.backend.backend()
@@ -68,7 +68,7 @@ class Conditions:
                 (package, importlib.metadata.version(package))
                 for package in ("keras", *packages[backend])
             ),
-            replicas=replicas,
+            num_replicas=num_replicas,
             numeric_mode=current.numeric_mode(),
         )
 
@@ -80,7 +80,9 @@ class Conditions:
             TypeError: if they are not those of conditions.
         """
         pairs = {name: tuple(map(tuple, value)) for name, value in fields.items() if name in _PAIRS}
-        return cls(**{**fields, **pairs})
+        renamed = {"num_replicas": fields["replicas"]} if "replicas" in fields else {}
+        known = {name: value for name, value in fields.items() if name != "replicas"}
+        return cls(**{**known, **renamed, **pairs})
 
     def differences(self, other: Conditions) -> list[str]:
         """What differs in `other`, in words.

@@ -69,7 +69,7 @@ class Plan:
             ValueError: if `model` is not a built Keras model.
         """
         return cls(
-            conditions=Conditions.current(replicas=replicas_of(model).replicas),
+            conditions=Conditions.current(num_replicas=replicas_of(model).num_replicas),
             overrides={row.path: row.lowering for row in inspect_as_built(model).rows},
         )
 
@@ -196,8 +196,8 @@ def _head(plan: Plan) -> Iterator[str]:
     where = plan.conditions
     compiled = {True: "compiled", False: "not compiled", None: "compiled or not"}[where.compiled]
     batch = f", batch of {plan.batch_size}" if plan.batch_size else ""
-    if where.replicas > 1:
-        batch += f", {where.replicas} replicas"
+    if where.num_replicas > 1:
+        batch += f", {where.num_replicas} replicas"
     yield (
         f"Plan for {where.backend}, {compiled}, on {where.device_kind} ({where.device_name}){batch}"
     )

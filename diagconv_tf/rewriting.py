@@ -230,7 +230,7 @@ def _check_plan(plan: Plan, model: keras.Model, decisions: Sequence[Decision]) -
             f"{len(decisions)} convolutions with groups"
         )
     compiled = model.jit_compile if getattr(model, "compiled", False) else None
-    replicas = replicas_of(model).replicas
+    replicas = replicas_of(model).num_replicas
     differences = plan.conditions.differences(Conditions.current(compiled, replicas))
     if differences:
         logging.warning("The plan was made under other conditions: %s.", "; ".join(differences))

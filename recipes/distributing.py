@@ -44,10 +44,10 @@ class Distribution:
                 divide the batch.
         """
         processes = processes or Processes()
-        if processes.processes == 1:  # Else it was done before they met.
+        if processes.num_processes == 1:  # Else it was done before they met.
             divide_cpu(config.cpu_devices)
         if config.distribution == "none":
-            if processes.processes > 1:
+            if processes.num_processes > 1:
                 raise ValueError(
                     "Expected --distribution=data_parallel for several processes. Received: none"
                 )
@@ -79,10 +79,10 @@ class Distribution:
                 "Expected the TensorFlow or the JAX backend for --distribution=data_parallel. "
                 f"Received: {backend}, for which Keras has no distribution"
             )
-        if len(devices) == 1 and processes.processes == 1:
+        if len(devices) == 1 and processes.num_processes == 1:
             return cls()  # There is nothing to share, and all works as without.
-        replicas = Replicas(len(devices), processes.processes, processes.process)
-        replicas.share(config.batch_size)
+        replicas = Replicas(len(devices), processes.num_processes, processes.process_index)
+        replicas.per_replica_batch(config.batch_size)
         return cls(replicas, processes, strategy)
 
     @property
@@ -114,10 +114,10 @@ class Distribution:
         """
         if self.strategy is None:
             return "one device"
-        count = self.replicas.replicas
+        count = self.replicas.num_replicas
         text = f"{count} device{'s' if count > 1 else ''}"
-        if self.processes.processes > 1:
-            text += f" of {self.processes.processes} processes"
+        if self.processes.num_processes > 1:
+            text += f" of {self.processes.num_processes} processes"
         text += f" ({type(self.strategy).__name__})"
         if keras.backend.backend() == "tensorflow" and not jit_compile:
             text += ", without XLA, which Keras switches off there"

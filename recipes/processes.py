@@ -48,8 +48,8 @@ class ProcessGroup:
 
     Attributes:
         address: `HOST:PORT` of the first process; the port must be free there.
-        processes: how many there are, at least 2.
-        process: the number of this one, from 0.
+        num_processes: how many there are, at least 2.
+        process_index: the number of this one, from 0.
         timeout: seconds in which all of them must have come.
 
     Raises:
@@ -57,8 +57,8 @@ class ProcessGroup:
     """
 
     address: str
-    processes: int
-    process: int
+    num_processes: int
+    process_index: int
     timeout: int = 300
 
     def __post_init__(self) -> None:
@@ -68,13 +68,13 @@ class ProcessGroup:
                 "Expected --job_addresses to be HOST:PORT of the first process. "
                 f"Received: {self.address!r}"
             )
-        if self.processes < 2:
+        if self.num_processes < 2:
             raise ValueError(
-                f"Expected --num_processes to be at least 2. Received: {self.processes}"
+                f"Expected --num_processes to be at least 2. Received: {self.num_processes}"
             )
-        if not 0 <= self.process < self.processes:
+        if not 0 <= self.process_index < self.num_processes:
             raise ValueError(
-                f"Expected --process_id from 0 to {self.processes - 1}. Received: {self.process}"
+                f"Expected --process_id from 0 to {self.num_processes - 1}. Received: {self.process_index}"
             )
 
     @property
@@ -131,13 +131,13 @@ class Processes:
     Where there is only one, everything here does nothing.
 
     Attributes:
-        process: the number of this one, from 0.
-        processes: all of them.
+        process_index: the number of this one, from 0.
+        num_processes: all of them.
     """
 
-    def __init__(self, process: int = 0, processes: int = 1) -> None:
-        self.process = process
-        self.processes = processes
+    def __init__(self, process_index: int = 0, num_processes: int = 1) -> None:
+        self.process_index = process_index
+        self.num_processes = num_processes
         self._liveness: Liveness | None = None
         # JAX compares the numbers of steps it is asked about with one that it has
         # chosen among those to come: they must not begin anew with each variant.
@@ -166,19 +166,19 @@ class Processes:
             )
         import jax
 
-        self = cls(group.process, group.processes)
+        self = cls(group.process_index, group.num_processes)
         # Not `keras.distribution.initialize`: it passes on no time-outs. And JAX
         # would end the process with a stack trace: this is earlier.
         with _Deadline(group):
             jax.distributed.initialize(
                 group.address,
-                group.processes,
-                group.process,
+                group.num_processes,
+                group.process_index,
                 initialization_timeout=2 * group.timeout,
                 heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
             )
-            self._liveness = Liveness(group.process, group.processes)
+            self._liveness = Liveness(group.process_index, group.num_processes)
             port = self._liveness.listen() if self.is_first else 0
             port = int(self.from_first(str(port)))
             self._liveness.connect(group.host, port, group.timeout)
@@ -187,7 +187,7 @@ class Processes:
     @property
     def is_first(self) -> bool:
         """Whether this one writes the files, and prints."""
-        return self.process == 0
+        return self.process_index == 0
 
     def leave(self) -> None:
         """At the end: waits for all others, and says goodbye."""
@@ -241,9 +241,9 @@ class Processes:
         Args:
             text: of the first process; of the others it does not matter.
         """
-        if self.processes == 1:
+        if self.num_processes == 1:
             return text
-        return from_first_process(lambda: text, self.process)
+        return from_first_process(lambda: text, self.process_index)
 
     def agree(self, what: str, value: str) -> None:
         """Makes sure that all processes have the same; waits for all of them.
@@ -255,7 +255,7 @@ class Processes:
         Raises:
             ValueError: In all processes, if two have different values.
         """
-        if self.processes == 1:
+        if self.num_processes == 1:
             return
         from jax.experimental import multihost_utils
 
@@ -270,7 +270,7 @@ class Processes:
 
     def interruption(self) -> Interruption:
         """Notices signals: in all processes in the same step, whichever got one."""
-        return Interruption() if self.processes == 1 else _SharedInterruption(self._steps)
+        return Interruption() if self.num_processes == 1 else _SharedInterruption(self._steps)
 
 
 class _SharedInterruption(Interruption):
@@ -320,9 +320,9 @@ class _Deadline:
     def _end(self) -> None:
         group = self._group
         who = (
-            f"the {group.processes - 1} other processes to connect to this one, at {group.address}"
-            if group.process == 0
-            else f"all {group.processes} processes to meet at {group.address}"
+            f"the {group.num_processes - 1} other processes to connect to this one, at {group.address}"
+            if group.process_index == 0
+            else f"all {group.num_processes} processes to meet at {group.address}"
         )
         line = f"error: Expected {who}. Received: not all of them in {group.timeout} seconds\n"
         os.write(sys.stderr.fileno(), line.encode())

@@ -131,7 +131,7 @@ def tuned(scope, found):
         plan = tune(model, BATCH, budget_seconds=1e-3, cache_dir=tempfile.mkdtemp())
         still = strategy_of() is not None or keras.distribution.distribution() is not None
         found["refusal"] = refusal(lambda: tune(model, BATCH + 1))
-    found["replicas outside"] = replicas_of(model).replicas
+    found["replicas outside"] = replicas_of(model).num_replicas
     found["warning outside"] = warning_of(lambda: rewrite(model, plan))
     found["bench"] = benches
     found["still current"] = still
@@ -141,7 +141,7 @@ def tuned(scope, found):
     )
     found["plan"] = {
         "batch_size": plan.batch_size,
-        "replicas": plan.conditions.replicas,
+        "replicas": plan.conditions.num_replicas,
         "compiled": plan.conditions.compiled,
         "batches": sorted({spec.batch for spec in plan.lowerings}),
         "steps": sorted(plan.steps),

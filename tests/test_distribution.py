@@ -243,7 +243,7 @@ def test_processes_get_the_plan_of_the_first():
         for process in processes:
             process.kill()
     assert first["plan"] == second["plan"]
-    assert Plan.from_json(first["plan"]).conditions.replicas == 2
+    assert Plan.from_json(first["plan"]).conditions.num_replicas == 2
     assert len(first["devices"]) == 1
     assert second["devices"] == []
     assert first["error"] == "StoppedError: the clock has stopped"
@@ -298,10 +298,10 @@ def test_each_call_has_its_own_key(monkeypatch):
 
 
 def test_replicas_share_a_batch():
-    assert Replicas(4).share(64) == 16
-    assert Replicas().share(7) == 7
+    assert Replicas(4).per_replica_batch(64) == 16
+    assert Replicas().per_replica_batch(7) == 7
     with pytest.raises(ValueError, match=r"4 replicas divide \(near: 4\). Received: batch_size=3"):
-        Replicas(4).share(3)
+        Replicas(4).per_replica_batch(3)
     assert distributions.replicas_of() == Replicas()
     assert distributions.strategy_of() is None
     assert distributions.batch_axis() is None
@@ -332,9 +332,9 @@ def test_nothing_is_current_inside_undistributed():
 
 
 def test_conditions_say_replicas():
-    one, two = Conditions.current(False), Conditions.current(False, replicas=2)
-    assert one.replicas == 1
-    assert one.differences(two) == ["replicas 1 → 2"]
+    one, two = Conditions.current(False), Conditions.current(False, num_replicas=2)
+    assert one.num_replicas == 1
+    assert one.differences(two) == ["num_replicas 1 → 2"]
     plan = Plan(two, {SPEC: "shifted"}, batch_size=8)
     assert "batch of 8, 2 replicas" in str(plan)
     assert "replicas" not in str(Plan(one, {SPEC: "shifted"}, batch_size=8))
@@ -343,13 +343,13 @@ def test_conditions_say_replicas():
 
 def test_plans_from_before_there_were_replicas_load():
     fields = json.loads(Plan(Conditions.current(), {SPEC: "shifted"}).to_json())
-    del fields["conditions"]["replicas"]
-    assert Plan.from_json(json.dumps(fields)).conditions.replicas == 1
+    del fields["conditions"]["num_replicas"]
+    assert Plan.from_json(json.dumps(fields)).conditions.num_replicas == 1
 
 
 def test_a_share_is_measured_once_whoever_has_the_rest():
     problem = Problem(SPEC, "depthwise_conv")
-    one, two = Conditions.current(True), Conditions.current(True, replicas=2)
+    one, two = Conditions.current(True), Conditions.current(True, num_replicas=2)
     assert keys.of_problem(problem, "lowerings", one) == keys.of_problem(problem, "lowerings", two)
 
 

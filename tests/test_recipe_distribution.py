@@ -52,8 +52,8 @@ def numbered(count):
 def parts(make, share):
     """For every process, its batches."""
     return [
-        list(make(dataclasses.replace(share, process=process)).as_numpy_iterator())
-        for process in range(share.processes)
+        list(make(dataclasses.replace(share, process_index=process)).as_numpy_iterator())
+        for process in range(share.num_processes)
     ]
 
 
@@ -78,14 +78,14 @@ def test_processes_read_the_parts_of_the_same_batches(share, first_step):
         expected = np.stack([batch[place] for batch in whole])
         found = [np.stack([batch[place] for batch in own]) for own in shares]
         np.testing.assert_array_equal(np.concatenate(found, axis=1), expected)
-    assert {len(batch[1]) for own in shares for batch in own} == {8 // share.processes}
+    assert {len(batch[1]) for own in shares for batch in own} == {8 // share.num_processes}
 
 
 @pytest.mark.parametrize("share", SHARES, ids=str)
 @pytest.mark.parametrize("count", [16, 17, 21, 3])
 def test_every_test_image_counts_once(share, count):
     shares = parts(lambda r: data.evaluation_dataset(numbered(count), 8, replicas=r), share)
-    devices = share.replicas // share.processes
+    devices = share.num_replicas // share.num_processes
     seen = []
     for batches in zip(*shares, strict=True):
         (size,) = {len(batch[1]) for batch in batches}

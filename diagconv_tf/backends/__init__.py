@@ -72,7 +72,7 @@ class Backend(Protocol):
     def differentiable(self, passes: Trilinear) -> Callable[[Any, Any], Any]:
         """`passes.forward` with the other two passes as its derivatives."""
 
-    def spread(self, values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
+    def interior_pad(self, values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
         """Zeros, `stride` times as many along each of two axes, but for element
         i of `values` at `i * stride + offset`.
         """
@@ -95,7 +95,7 @@ class Backend(Protocol):
     ) -> Any:
         """`function(inputs, kernel)`, by each device for its parts of both."""
 
-    def undivided(self, tensor: Any, axis: int) -> Any:
+    def replicated(self, tensor: Any, axis: int) -> Any:
         """`tensor` and its gradient, of which every device has all along `axis`."""
 
     def process_store(self) -> ProcessStore:

@@ -94,7 +94,7 @@ def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
     return forward_pass
 
 
-def spread(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
+def interior_pad(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
     padding = [(0, 0, 0)] * values.ndim
     for axis, stride, offset in zip(axes, strides, offsets, strict=True):
         padding[axis] = (offset, stride - 1 - offset, stride - 1)
@@ -141,7 +141,7 @@ def per_shard(
     )(inputs, kernel)
 
 
-def undivided(tensor: Any, axis: int) -> Any:
+def replicated(tensor: Any, axis: int) -> Any:
     """`tensor` and its gradient, of which every device has all along `axis`."""
     axes: list[Any] = [PartitionSpec.UNCONSTRAINED] * tensor.ndim
     axes[axis] = None

@@ -93,7 +93,7 @@ def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
     return forward_pass
 
 
-def spread(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
+def interior_pad(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
     for axis, stride, offset in zip(axes, strides, offsets, strict=True):
         shape = list(_shape(values))
         padding = [[0, 0]] * (len(shape) + 1)

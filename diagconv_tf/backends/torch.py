@@ -126,7 +126,7 @@ def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
     return Forward.apply
 
 
-def spread(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
+def interior_pad(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
     shape = list(values.shape)
     steps = [slice(None)] * values.ndim
     for axis, stride, offset in zip(axes, strides, offsets, strict=True):

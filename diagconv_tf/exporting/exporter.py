@@ -209,7 +209,7 @@ def _check_requirements(file_format: Format) -> None:
 
 
 def _check_whole(model: keras.Model) -> None:
-    divided = distribution.divided_variables(model)
+    divided = distribution.sharded_variables(model)
     if divided:
         raise ValueError(
             "Expected a model of which this process holds all values. Received: variables that "

@@ -71,10 +71,10 @@ def convolve_sharded(
     if divided and why_not_sharded(spec, choice, channels.size):
         # Said to XLA: its partitioner aborts over a convolution of 3 groups whose
         # channels are divided by 2 (jaxlib 0.10.2).
-        inputs = backend.undivided(inputs, spec.channel_axis)
-        kernel = backend.undivided(kernel, 3)
+        inputs = backend.replicated(inputs, spec.channel_axis)
+        kernel = backend.replicated(kernel, 3)
         outputs = _convolve_parts(spec, choice, inputs, kernel, batch, None)
-        return backend.undivided(outputs, spec.channel_axis)
+        return backend.replicated(outputs, spec.channel_axis)
     return _convolve_parts(spec, choice, inputs, kernel, batch, channels if divided else None)
 
 

@@ -92,7 +92,7 @@ def reads_of_gradient(
     if strides != (1, 1) and not all(isinstance(before, int) for before, _ in padding):
         # Which taps a phase meets depends on the pad, and that on a size that is
         # not known: with zeros between the outputs it is a problem of stride 1.
-        output_gradient = backends.current().spread(
+        output_gradient = backends.current().interior_pad(
             output_gradient, spec.spatial_axes, strides, (0, 0)
         )
         strides = (1, 1)

@@ -80,7 +80,9 @@ class Shifted(Lowering):
                 )
                 if strides != [1, 1]:
                     offsets = (vertical, horizontal)
-                    phase = backends.current().spread(phase, spec.spatial_axes, strides, offsets)
+                    phase = backends.current().interior_pad(
+                        phase, spec.spatial_axes, strides, offsets
+                    )
                 total = phase if total is None else total + phase
         if strides != [1, 1]:
             total = geometry.window(spec, total, (0, 0), sizes)

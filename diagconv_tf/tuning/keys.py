@@ -68,7 +68,7 @@ def of_training_step(
 
 def _where(conditions: Conditions) -> dict[str, Any]:
     # What is measured is a share of a batch: whether there are others does not matter.
-    fields = {k: v for k, v in dataclasses.asdict(conditions).items() if k != "replicas"}
+    fields = {k: v for k, v in dataclasses.asdict(conditions).items() if k != "num_replicas"}
     return _plain(
         {
             "conditions": fields,

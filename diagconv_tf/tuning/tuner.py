@@ -114,7 +114,7 @@ def tune(
     _check_arguments(batch_size, jit_compile, budget_seconds)
     check_built(model)
     replicas = distribution.replicas_of(model)
-    share = replicas.share(batch_size)
+    share = replicas.per_replica_batch(batch_size)
     compiled = _will_be_compiled(model, jit_compile)
     _check_not_eager(model, compiled)
     if distribution.strategy_of(model) is not None:
@@ -136,7 +136,7 @@ def tune(
             model=model,
             batch_size=batch_size,
             inspection=inspection,
-            conditions=Conditions.current(compiled, replicas.replicas),
+            conditions=Conditions.current(compiled, replicas.num_replicas),
             cache=Cache(cache_dir),
             refresh=refresh,
             clock=clock,
@@ -146,11 +146,11 @@ def tune(
         )
         return tuner.run()
 
-    if replicas.processes == 1:
+    if replicas.num_processes == 1:
         plan = distribution.undistributed(measure)
     else:
         text = from_first_process(
-            lambda: distribution.undistributed(measure).to_json(), replicas.process
+            lambda: distribution.undistributed(measure).to_json(), replicas.process_index
         )
         plan = Plan.from_json(text)
     logging.info("%s: %s", model.name, plan.reason)
@@ -198,7 +198,7 @@ def _check_not_eager(model: keras.Model, compiled: bool) -> None:
 
 
 def _check_strategy_can_compile(compiled: bool, replicas: Replicas) -> None:
-    if compiled and replicas.replicas > 1:
+    if compiled and replicas.num_replicas > 1:
         raise ValueError(
             "Expected a training step without XLA under a strategy of several replicas: TensorFlow "
             "cannot compile one ('Trying to access resource … located in device …'). Received: "

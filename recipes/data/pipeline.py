@@ -108,7 +108,7 @@ def training_dataset(
         with on_host():
             own = slice(*share.own_part(batch_size))
             batch = _prepared(images, *(part[own] for part in source.draw(batch_size)), *form)
-            if replicas.replicas == 1:
+            if replicas.num_replicas == 1:
                 return RepeatedBatch.on_device(batch)
             # Keras shares out batches of tf.data only.
             return tf.data.Dataset.from_tensors(batch).repeat()
@@ -203,7 +203,7 @@ def evaluation_dataset(
 
     def prepare(pictures, labels, weights):
         batch = _prepared(images, pictures, labels, input_range, one_hot)
-        return (*batch, weights) if replicas.replicas > 1 else batch
+        return (*batch, weights) if replicas.num_replicas > 1 else batch
 
     with on_host():
         examples = source.in_order(share)

@@ -28,12 +28,12 @@ class Share:
     replicas: Replicas = Replicas()  # noqa: RUF009 - frozen.
 
     def __post_init__(self) -> None:
-        self.replicas.share(self.batch_size)
+        self.replicas.per_replica_batch(self.batch_size)
 
     @property
     def own_size(self) -> int:
         """Images in a batch of this process."""
-        return self.batch_size // self.replicas.processes
+        return self.batch_size // self.replicas.num_processes
 
     def whole(self, count: int) -> int:
         """Positions of the batches that `count` images fill."""
@@ -41,7 +41,7 @@ class Share:
 
     def filled(self, count: int) -> int:
         """Positions of batches that have room for `count` images, the last as small as may be."""
-        return -(-count // self.replicas.replicas) * self.replicas.replicas
+        return -(-count // self.replicas.num_replicas) * self.replicas.num_replicas
 
     def positions(self, stop: int, first: int | tf.Tensor = 0) -> tf.Tensor:
         """The positions of this process.
@@ -55,7 +55,7 @@ class Share:
         Returns:
             int64, increasing.
         """
-        processes, process = self.replicas.processes, self.replicas.process
+        processes, process = self.replicas.num_processes, self.replicas.process_index
         own = tf.range(first // processes, stop // processes, dtype=tf.int64)
         batch = own // self.own_size * self.batch_size
         size = tf.minimum(stop - batch, self.batch_size)
@@ -66,7 +66,7 @@ class Share:
 
         The parts have equal lengths, give or take one.
         """
-        return even_parts(0, count, self.replicas.processes)[self.replicas.process]
+        return even_parts(0, count, self.replicas.num_processes)[self.replicas.process_index]
 
 
 def even_parts(start: int, stop: int, number: int) -> list[tuple[int, int]]:

@@ -235,7 +235,7 @@ class StreamedExamples:
     def in_order(self, share: Share) -> tf.data.Dataset:
         """See `Examples`. A process's part is its share, and not a part of each batch."""
         start, stop = share.own_part(self.count)
-        missing = share.filled(self.count) // share.replicas.processes - (stop - start)
+        missing = share.filled(self.count) // share.replicas.num_processes - (stop - start)
         # An example of its own, unless there are more processes than examples.
         start_of_filling = min(start, self.count - 1)
         filling = self.stream(start_of_filling, start_of_filling + 1).repeat(missing)
@@ -252,7 +252,7 @@ class StreamedExamples:
             # Dataset.shuffle mixes the global seed into its own. This one is of
             # the function's graph only; with 0, the shuffle takes no tensor.
             tf.random.set_seed(1)
-        processes, process = share.replicas.processes, share.replicas.process
+        processes, process = share.replicas.num_processes, share.replicas.process_index
         if processes > 1:
             # Else shares of one length would have one order, and the images
             # that meet in a batch would meet again in every epoch.

@@ -76,9 +76,8 @@ def copy_model(model: keras.Model, *, distributed: bool = True) -> keras.Model:
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a `keras.Model`. Received: model={model!r}")
-    if hasattr(model, "jax_state_sync"):
-        # While `fit` runs on JAX, variables lag behind the state of the loop.
-        model.jax_state_sync()
+    # While `fit` runs on JAX, variables lag behind the state of the loop.
+    keras_internals.sync_training_state(model)
     if not distributed:
         return _Copier(distributed=False).copy_model(model)
     with _strategy_scope(model):
@@ -150,6 +149,7 @@ class _Copier:
         return duplicate
 
     def _copy_keras_object(self, original: Any) -> Any:
+        keras_internals.check_copyable(original)
         if isinstance(original, keras.Layer) and _has_assets(original):
             duplicate = self._remember(original, _copy_by_config(original))
         else:
@@ -233,6 +233,7 @@ class _Copier:
         return duplicate
 
     def _copy_tensorflow_container(self, original: Any) -> Any:
+        keras_internals.check_copyable(original)
         # Not by giving it its items: it would track them before they are filled.
         duplicate = self._remember(original, type(original)(()))
         if hasattr(original, "__wrapped__"):
@@ -316,7 +317,7 @@ def _without_reset(dependencies: Any) -> Any:
 def _refusing(owner: Any, part: str) -> Iterator[None]:
     try:
         yield
-    except _RefusedError:
+    except (_RefusedError, keras_internals.MissingNameError):
         raise
     except Exception as error:
         name = getattr(owner, "path", None) or getattr(owner, "name", "")

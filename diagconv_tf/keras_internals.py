@@ -1,17 +1,22 @@
 """Every private name of Keras, TensorFlow, JAX and PyTorch that this project uses.
 
-Other packages do not promise to keep these names. So they stand here alone, each
-is looked up when it is needed, and one that is gone raises `MissingNameError`,
-which says which package no longer has it and what still works. `PRIVATE_NAMES`
-lists them for the contract test (`tests/test_keras_internals.py`), which
-`scripts/test_keras_nightly` runs on a pre-release of Keras.
+Other packages do not promise to keep these names, documented nowhere. So:
+
+- They stand in this module alone. Importing it looks up none of them.
+- A name is looked up when it is needed. One that is gone raises
+  `MissingNameError`, which says which package no longer has it, what this
+  project needs it for, and what still works.
+- A missing name is never read as an answer ("not distributed", "nothing to wait
+  for"). Where a name may be absent for a good reason, a second name tells.
+
+`PRIVATE_NAMES` lists them for the contract test (`tests/test_keras_internals.py`),
+which `scripts/test_keras_nightly` runs on a pre-release of Keras.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -33,8 +38,8 @@ class PrivateName:
         owner: what holds it: a module (`"keras.src.ops.node"`), a class
             (`"keras.Layer"`), or an instance (`"keras.Variable()"`).
         name: the name.
-        purpose: what this project needs it for.
-        fallback: what still works without it.
+        purpose: what this project needs it for; completes "in order to …".
+        fallback: what still works without it; a sentence without its full stop.
         backends: the Keras backends on which it exists.
     """
 
@@ -53,19 +58,19 @@ class PrivateName:
         return self.owner.partition(".")[0]
 
     def error(self) -> MissingNameError:
-        """What is raised when the package has no such name."""
+        """The error for a package without this name."""
         module = sys.modules.get(self.package)
         version = getattr(module, "__version__", "of unknown version")
         return MissingNameError(
-            f"Expected {self.package} to have `{self}`, a private name, to {self.purpose}. "
-            f"Received: {self.package} {version}, which has none. {self.fallback}"
+            f"Expected {self.package} to have the private name `{self}`, in order to "
+            f"{self.purpose}. Received: {self.package} {version}, which has none. {self.fallback}"
         )
 
     def of(self, holder: Any) -> Any:
-        """The value under this name in `holder`.
+        """The value under this name in `holder`, a class or an instance.
 
         Raises:
-            MissingNameError: if it holds none.
+            MissingNameError: if `holder` has no such attribute.
         """
         value = getattr(holder, self.name, _MISSING)
         if value is _MISSING:
@@ -76,7 +81,7 @@ class PrivateName:
         """The value under this name in the module `owner`.
 
         Raises:
-            MissingNameError: if there is no such module, or it has no such name.
+            MissingNameError: if the module is gone, or lacks the name.
         """
         try:
             module = importlib.import_module(self.owner)
@@ -89,7 +94,10 @@ _COPYING = "copy a model"
 _IN_PLACE = "`rewrite`, `restore` and `export` work with in_place=True"
 _TRAINING_STEP = "run a model's training step outside `fit`"
 _NO_TUNE = "All but `tune` and the benchmarks works"
+_AVERAGING = "average the statistics of batch norms"
+_NO_AVERAGING = "Training without --ema_momentum works"
 
+# Layers and graphs.
 _FLATTEN_LAYERS = PrivateName(
     "keras.Layer",
     "_flatten_layers",
@@ -97,7 +105,7 @@ _FLATTEN_LAYERS = PrivateName(
     "The layers of this package work in models that are built with them",
 )
 _SEQUENTIAL_GRAPH = PrivateName(
-    "keras.Sequential",
+    "keras.Sequential()",
     "_functional",
     "tell whether a sequential model has declared its inputs",
     "Functional models work; for others pass a sample batch",
@@ -109,8 +117,60 @@ _HISTORY_CLASS = PrivateName("keras.src.ops.node", "KerasHistory", _COPYING, _IN
 _NODE_KEY = PrivateName("keras.src.ops.function", "make_node_key", _COPYING, _IN_PLACE)
 _NODES_BY_DEPTH = PrivateName("keras.Function()", "_nodes_by_depth", _COPYING, _IN_PLACE)
 _NODES = PrivateName("keras.Function()", "_nodes", _COPYING, _IN_PLACE)
+
+# State that a copy must not take as it is.
 _VARIABLE_KEY = PrivateName("keras.optimizers.Optimizer", "_var_key", _COPYING, _IN_PLACE)
 _LAYER_PATH = PrivateName("keras.Layer()", "_path", _COPYING, _IN_PLACE)
+_LOSSES = PrivateName("keras.Layer()", "_losses", _COPYING, _IN_PLACE)
+_LOSS_IDS = PrivateName("keras.Layer()", "_loss_ids", _COPYING, _IN_PLACE)
+_EVALUATION_ITERATOR = PrivateName("keras.Model()", "_eval_epoch_iterator", _COPYING, _IN_PLACE)
+_ITERATOR_CLASS = PrivateName(
+    "keras.src.trainers.epoch_iterator", "EpochIterator", _COPYING, _IN_PLACE
+)
+_OPTIMIZER_STRATEGY = PrivateName(
+    "keras.optimizers.Optimizer()",
+    "_distribution_strategy",
+    _COPYING,
+    _IN_PLACE,
+    backends=("tensorflow",),
+)
+_DEPENDENCIES = PrivateName(
+    "tensorflow.__internal__.tracking.AutoTrackable()",
+    "_self_unconditional_checkpoint_dependencies",
+    _COPYING,
+    _IN_PLACE,
+    backends=("tensorflow",),
+)
+_DEPENDENCY_NAMES = PrivateName(
+    "tensorflow.__internal__.tracking.AutoTrackable()",
+    "_self_unconditional_dependency_names",
+    _COPYING,
+    _IN_PLACE,
+    backends=("tensorflow",),
+)
+_TRACKED_CONTAINER = PrivateName(
+    "tensorflow.__internal__.tracking",
+    "TrackableDataStructure",
+    _COPYING,
+    _IN_PLACE,
+    backends=("tensorflow",),
+)
+_CONTAINER_CACHE = PrivateName(
+    "tensorflow.__internal__.tracking.TrackableDataStructure()",
+    "_self_attribute_sentinel",
+    _COPYING,
+    _IN_PLACE,
+    backends=("tensorflow",),
+)
+_CONTAINER_SNAPSHOT = PrivateName(
+    "tensorflow.__internal__.tracking.TrackableDataStructure()",
+    "_update_snapshot",
+    _COPYING,
+    _IN_PLACE,
+    backends=("tensorflow",),
+)
+
+# Compilation and training.
 _SUPPORTS_JIT = PrivateName(
     "keras.src.trainers.trainer",
     "model_supports_jit",
@@ -124,6 +184,9 @@ _RESOLVE_JIT = PrivateName(
     "With a compiled model everything works",
 )
 _SYMBOLIC_BUILD = PrivateName("keras.Model", "_symbolic_build", _TRAINING_STEP, _NO_TUNE)
+_BUILD_IN_STRATEGY = PrivateName(
+    "keras.Model", "_maybe_symbolic_build", _TRAINING_STEP, _NO_TUNE, backends=("tensorflow",)
+)
 _JAX_TRAINING_STATE = PrivateName(
     "keras.Model", "_get_jax_state", _TRAINING_STEP, _NO_TUNE, backends=("jax",)
 )
@@ -134,6 +197,41 @@ _JAX_STATE = PrivateName(
     "All but `StepTimer` works",
     backends=("jax",),
 )
+_JAX_STATE_SYNCED = PrivateName(
+    "keras.Model()",
+    "_jax_state_synced",
+    "tell whether a model's variables are up to date on JAX",
+    "All but `StepTimer` and copies of models works",
+    backends=("jax",),
+)
+_JAX_STATE_SYNC = PrivateName(
+    "keras.Model",
+    "jax_state_sync",
+    "copy a model that is being trained on JAX",
+    _IN_PLACE,
+    backends=("jax",),
+)
+_CALLBACK_MODEL = PrivateName(
+    "keras.callbacks.Callback()",
+    "_model",
+    "reach the model of a callback on JAX without moving its training state",
+    "All but `StepTimer` and the recipes works",
+    backends=("jax",),
+)
+_FLUSH_CALLBACKS = PrivateName(
+    "keras.callbacks.CallbackList",
+    "_flush_futures",
+    "wait for the callbacks that Keras runs in threads",
+    "Training without checkpoints works",
+)
+_DATA_ADAPTER = PrivateName(
+    "keras.src.trainers.data_adapters.data_adapter",
+    "DataAdapter",
+    "feed one batch again and again",
+    "All data sets but `synthetic` work",
+)
+
+# Devices and distribution.
 _STRATEGY = PrivateName(
     "keras.Model()",
     "_distribute_strategy",
@@ -145,14 +243,7 @@ _LAYOUT = PrivateName(
     "keras.Variable()",
     "_layout",
     "find how `keras.distribution` shards a variable",
-    "The other backends work",
-)
-_TRACKED_CONTAINER = PrivateName(
-    "tensorflow.__internal__.tracking",
-    "TrackableDataStructure",
-    _COPYING,
-    _IN_PLACE,
-    backends=("tensorflow",),
+    "The layers of this package work in models that are built with them",
 )
 _IN_XLA = PrivateName(
     "tensorflow.python.ops.control_flow_util",
@@ -168,6 +259,13 @@ _TORCH_DEVICE = PrivateName(
     "The layers work; `tune` and plans do not",
     backends=("torch",),
 )
+_JAX_TRACER = PrivateName(
+    "jax.core",
+    "Tracer",
+    "tell whether a program is traced that JAX will divide among devices",
+    "Stock layers work",
+    backends=("jax",),
+)
 _JAX_COORDINATION = PrivateName(
     "jax._src.distributed",
     "global_state",
@@ -175,42 +273,31 @@ _JAX_COORDINATION = PrivateName(
     "Training in one process works",
     backends=("jax",),
 )
-_DATA_ADAPTER = PrivateName(
-    "keras.src.trainers.data_adapters.data_adapter",
-    "DataAdapter",
-    "feed one batch again and again",
-    "All data sets but `synthetic` work",
+_JAX_COORDINATION_CLIENT = PrivateName(
+    "jax._src.distributed.State()",
+    "client",
+    "share a plan among several processes",
+    "Training in one process works",
+    backends=("jax",),
 )
-_TRACKER = PrivateName(
-    "keras.Layer()",
-    "_tracker",
-    "average the statistics of batch norms",
-    "Training without --ema_momentum works",
-)
+
+# Averages of weights and statistics.
+_TRACKER = PrivateName("keras.Layer()", "_tracker", _AVERAGING, _NO_AVERAGING)
+_UNTRACK_VARIABLE = PrivateName("keras.Layer", "_untrack_variable", _AVERAGING, _NO_AVERAGING)
 _TRACK_TORCH_VARIABLES = PrivateName(
-    "keras.Layer",
-    "_track_variables",
-    "average the statistics of batch norms",
-    "Training without --ema_momentum works",
-    backends=("torch",),
-)
-_UNTRACK_VARIABLE = PrivateName(
-    "keras.Layer",
-    "_untrack_variable",
-    "average the statistics of batch norms",
-    "Training without --ema_momentum works",
+    "keras.Layer", "_track_variables", _AVERAGING, _NO_AVERAGING, backends=("torch",)
 )
 _AVERAGED_VARIABLES = PrivateName(
     "keras.optimizers.Optimizer()",
     "_trainable_variables",
     "swap weights and their averages",
-    "Training without --ema_momentum works",
+    _NO_AVERAGING,
 )
 _AVERAGES = PrivateName(
     "keras.optimizers.Optimizer()",
     "_model_variables_moving_average",
     "swap weights and their averages",
-    "Training without --ema_momentum works",
+    _NO_AVERAGING,
 )
 
 #: All of them, for the contract test.
@@ -218,41 +305,80 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = tuple(
     value for value in list(vars().values()) if isinstance(value, PrivateName)
 )
 
-#: Attributes of models that Keras makes anew when it needs them, with what they
-#: start as: functions compiled for the model's own variables, and what exists only
-#: while `fit` runs.
+#: Attributes of models that Keras recreates when it needs them, with their initial
+#: values: compiled functions, which hold the model's own variables, and what exists
+#: only while `fit` runs.
 RESET_ATTRIBUTES = {
     "train_function": None,
     "test_function": None,
     "predict_function": None,
-    "_eval_epoch_iterator": None,
-    "_jax_state": None,
-    "_jax_state_synced": True,
+    _EVALUATION_ITERATOR.name: None,
+    _JAX_STATE.name: None,
+    _JAX_STATE_SYNCED.name: True,
 }
 
-#: Lists and sets of operations that start empty in a copy. The losses of the last
+#: Lists and sets of operations that are empty in a new copy. The losses of the last
 #: call may be tensors of a compiled function's graph.
-EMPTIED_ATTRIBUTES = ("_inbound_nodes", "_outbound_nodes", "_losses", "_loss_ids")
+EMPTIED_ATTRIBUTES = tuple(
+    name.name for name in (_INBOUND_NODES, _OUTBOUND_NODES, _LOSSES, _LOSS_IDS)
+)
 
-#: Attributes of models, optimizers and variables that say how they are sharded, and
-#: what makes their values where they are not.
+#: Attributes of models, optimizers and variables that say how they are sharded; each
+#: with a function that returns its value where they are not.
 DISTRIBUTION_ATTRIBUTES = {
-    "_distribute_strategy": lambda: None,
-    "_distribution_strategy": lambda: sys.modules["tensorflow"].distribute.get_strategy(),
-    "_layout": lambda: None,
+    _STRATEGY.name: lambda: None,
+    _OPTIMIZER_STRATEGY.name: lambda: sys.modules["tensorflow"].distribute.get_strategy(),
+    _LAYOUT.name: lambda: None,
 }
 
 #: Where TensorFlow lists the attributes that belong into a checkpoint.
-DEPENDENCY_ATTRIBUTES = (
-    "_self_unconditional_checkpoint_dependencies",
-    "_self_unconditional_dependency_names",
-)
+DEPENDENCY_ATTRIBUTES = (_DEPENDENCIES.name, _DEPENDENCY_NAMES.name)
 
 #: A cache in TensorFlow's containers, with weak references to other containers.
-CONTAINER_CACHE_ATTRIBUTE = "_self_attribute_sentinel"
+CONTAINER_CACHE_ATTRIBUTE = _CONTAINER_CACHE.name
 
 #: The attribute of a tensor that says which operation made it.
-HISTORY_ATTRIBUTE = "_keras_history"
+HISTORY_ATTRIBUTE = _HISTORY.name
+
+# What a copy must find on every object of a class. Without it the copy would take
+# what the original owns, and say nothing.
+_COPIED_NAMES = (
+    (keras.Operation, (_INBOUND_NODES, _OUTBOUND_NODES)),
+    (keras.Layer, (_LOSSES, _LOSS_IDS)),
+    (keras.Function, (_NODES_BY_DEPTH, _NODES)),
+    (keras.Variable, (_LAYOUT,)),
+    (keras.optimizers.Optimizer, (_OPTIMIZER_STRATEGY, _VARIABLE_KEY)),
+    (keras.Model, (_STRATEGY, _DEPENDENCIES, _DEPENDENCY_NAMES, _JAX_STATE_SYNCED)),
+)
+
+
+def check_copyable(original: Any) -> None:
+    """Refuses to copy an object of Keras whose private names are not the known ones.
+
+    Args:
+        original: an object that is copied attribute by attribute: a layer, a variable, a
+            container that TensorFlow wrapped, ….
+
+    Raises:
+        MissingNameError: if it lacks a name that a copy must treat apart.
+    """
+    backend = keras.backend.backend()
+    for kind, names in _COPIED_NAMES:
+        if isinstance(original, kind):
+            for name in names:
+                if backend in name.backends:
+                    name.of(original)
+    if isinstance(original, keras.Function):
+        for tensor in original.outputs:
+            history(tensor)
+    if isinstance(original, keras.Model):
+        iterators = _ITERATOR_CLASS.of_module()
+        # The name exists only while Keras evaluates, so its absence alone says nothing.
+        for name, value in vars(original).items():
+            if isinstance(value, iterators) and name not in RESET_ATTRIBUTES:
+                raise _EVALUATION_ITERATOR.error()
+    if is_tensorflow_container(original):
+        _CONTAINER_CACHE.of(original)
 
 
 def flatten_layers(
@@ -268,12 +394,12 @@ def declares_inputs(model: keras.Sequential) -> bool:
 
 
 def inbound_nodes(operation: keras.Operation) -> list[Any]:
-    """The nodes of all graphs in which `operation` was called."""
+    """The nodes, of all graphs, that are calls of `operation`."""
     return _INBOUND_NODES.of(operation)
 
 
 def outbound_nodes(operation: keras.Operation) -> list[Any]:
-    """The nodes of all graphs that take an output of `operation`."""
+    """The nodes, of all graphs, that take an output of `operation`."""
     return _OUTBOUND_NODES.of(operation)
 
 
@@ -283,7 +409,7 @@ def history(tensor: keras.KerasTensor) -> tuple[Any, int, int]:
 
 
 def set_history(tensor: keras.KerasTensor, operation: Any, node: int, output: int) -> None:
-    """Sets what `history` returns."""
+    """Sets the `history` of a symbolic tensor."""
     setattr(tensor, _HISTORY.name, _HISTORY_CLASS.of_module()(operation, node, output))
 
 
@@ -323,24 +449,30 @@ def resolve_jit_compile(model: keras.Model) -> bool:
 
 
 def build_for_training(model: keras.Model, data_batch: Any) -> None:
-    """Makes the variables of optimizer and metrics, as `fit` does before its first step.
+    """Creates the variables of optimizer and metrics, as `fit` does before its first step.
 
     Args:
         model: a compiled model.
         data_batch: `(x, y, sample_weight)`; only shapes and dtypes are read.
     """
-    # TensorFlow's trainer wraps it, to enter the scope of the model's strategy.
-    build = getattr(model, "_maybe_symbolic_build", None) or _SYMBOLIC_BUILD.of(model)
-    build(data_batch=data_batch)
+    # TensorFlow's trainer enters the scope of the model's strategy first.
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    build = _BUILD_IN_STRATEGY if on_tensorflow else _SYMBOLIC_BUILD
+    build.of(model)(data_batch=data_batch)
 
 
 def build_symbolically(model: keras.Model, data_batch: Any) -> None:
-    """`build_for_training` where the caller is in the scope of the model's strategy."""
+    """`build_for_training` for a caller inside the scope of the model's strategy."""
     _SYMBOLIC_BUILD.of(model)(data_batch=data_batch)
 
 
 def take_training_state(model: keras.Model) -> Any:
-    """The state that a training function of JAX takes; the model's variables are given away."""
+    """The state that a training function of JAX takes and donates.
+
+    Returns:
+        Arrays: trainable, non-trainable, optimizer and metrics variables. The model's
+        variables share them, and are lost with the first step.
+    """
     return _JAX_TRAINING_STATE.of(model)(
         trainable_variables=True,
         non_trainable_variables=True,
@@ -349,19 +481,53 @@ def take_training_state(model: keras.Model) -> Any:
     )
 
 
-def running_state(model: keras.Model) -> dict[str, Any] | None:
-    """The state of a `fit` that is running on JAX; None elsewhere, and before its first step."""
+def training_state(model: keras.Model) -> dict[str, list[Any]] | None:
+    """The newest arrays of a model that is trained on JAX; None on the other backends.
+
+    While `fit` runs on JAX, its state moves from step to step and the model's variables
+    lag behind it. Here neither is moved. Where the variables are up to date, the arrays
+    are theirs.
+
+    Returns:
+        Arrays by `"trainable_variables"`, `"non_trainable_variables"`,
+        `"optimizer_variables"` and `"metrics_variables"`.
+
+    Raises:
+        MissingNameError: if the variables are out of date, and Keras keeps the state
+            elsewhere than it used to.
+    """
     if keras.backend.backend() != "jax":
         return None
-    # Keras sets the attribute in the first step, and reads it the same way.
-    state = getattr(model, _JAX_STATE.name, None)
-    if state is None and not hasattr(model, "jax_state_sync"):
-        raise _JAX_STATE.error()
-    return state
+    if not _JAX_STATE_SYNCED.of(model):
+        return _JAX_STATE.of(model)
+    optimizer = getattr(model, "optimizer", None)
+    variables = {
+        "trainable_variables": model.trainable_variables,
+        "non_trainable_variables": model.non_trainable_variables,
+        "optimizer_variables": optimizer.variables if optimizer is not None else [],
+        "metrics_variables": model.metrics_variables,
+    }
+    return {name: [variable.value for variable in group] for name, group in variables.items()}
+
+
+def sync_training_state(model: keras.Model) -> None:
+    """Brings the variables of a model that is being trained up to date; only JAX needs it."""
+    if keras.backend.backend() == "jax":
+        _JAX_STATE_SYNC.of(model)()
+
+
+def callback_model(callback: keras.callbacks.Callback) -> keras.Model:
+    """`callback.model`, which on JAX would call `sync_training_state` each time."""
+    return _CALLBACK_MODEL.of(callback) if keras.backend.backend() == "jax" else callback.model
+
+
+def flush_callbacks(callbacks: keras.callbacks.CallbackList) -> None:
+    """Waits for the callbacks that Keras runs in threads."""
+    _FLUSH_CALLBACKS.of(callbacks)()
 
 
 def strategy(model: keras.Model) -> Any:
-    """The `tf.distribute.Strategy` that `model` was made under, or None."""
+    """The `tf.distribute.Strategy` in whose scope `model` was created, or None."""
     return _STRATEGY.of(model)
 
 
@@ -372,7 +538,7 @@ def layout(variable: keras.Variable) -> keras.distribution.TensorLayout | None:
 
 
 def is_sharded_by_keras(variable: keras.Variable) -> bool:
-    """Whether a `keras.distribution` was current when `variable` was made."""
+    """Whether a `keras.distribution` was set when `variable` was created."""
     return _LAYOUT.of(variable) is not None
 
 
@@ -385,8 +551,8 @@ def is_tensorflow_container(value: Any) -> bool:
 
 
 def update_container_snapshot(container: Any) -> None:
-    """Tells one of TensorFlow's dicts that its content was changed on purpose."""
-    container._update_snapshot()
+    """Tells a dict that TensorFlow wrapped that its content was changed on purpose."""
+    _CONTAINER_SNAPSHOT.of(container)()
 
 
 def is_traced_for_xla(graph: Any) -> bool:
@@ -399,36 +565,44 @@ def torch_device() -> str:
     return _TORCH_DEVICE.of_module()()
 
 
+def is_traced_by_jax(value: Any) -> bool:
+    """Whether `value` stands for an array in a program that JAX is tracing."""
+    return isinstance(value, _JAX_TRACER.of_module())
+
+
 def jax_coordination_client() -> Any:
     """The client of the key-value store that the processes of one JAX training share."""
-    return _JAX_COORDINATION.of_module().client
+    return _JAX_COORDINATION_CLIENT.of(_JAX_COORDINATION.of_module())
 
 
 def data_adapter_class() -> type:
-    """The class that `fit` takes as it is."""
+    """The base class of data sets that `fit` takes without converting them."""
     return _DATA_ADAPTER.of_module()
 
 
 def tracker(layer: keras.Layer) -> Any:
-    """What keeps a layer's variables, with `lock` and `unlock`."""
+    """The object with `lock` and `unlock` that keeps a layer's variables."""
     return _TRACKER.of(layer)
 
 
 def untrack_variable(layer: keras.Layer, variable: keras.Variable) -> None:
-    """Takes a variable out of a layer's lists."""
+    """Removes a variable from the lists of its layer."""
     _UNTRACK_VARIABLE.of(layer)(variable)
 
 
 def track_torch_variables(model: keras.Model) -> None:
-    """Makes PyTorch's parameters of `model` those of its layers' variables as they are now."""
+    """Lists the present variables of `model` and its layers as their PyTorch parameters.
+
+    PyTorch's parameters of a layer are set when the layer is built.
+    """
     for layer in flatten_layers(model):
-        if hasattr(layer, "_torch_params"):
+        if layer.built:
             _TRACK_TORCH_VARIABLES.of(layer)()
 
 
 def averaged_variables(
     optimizer: keras.optimizers.Optimizer,
 ) -> list[tuple[keras.Variable, keras.Variable]]:
-    """Pairs of a trainable variable and its moving average; without those that have none."""
+    """Pairs of a trainable variable and its moving average; only those that have one."""
     pairs = zip(_AVERAGED_VARIABLES.of(optimizer), _AVERAGES.of(optimizer), strict=True)
     return [(variable, average) for variable, average in pairs if average is not None]

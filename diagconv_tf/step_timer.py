@@ -203,7 +203,7 @@ class StepTimer(keras.callbacks.Callback):
         self._epoch = _Samples()
         self._waiting = None
         self._last_end = None
-        self._count_images = _image_counter(self._model)
+        self._count_images = _image_counter(keras_internals.callback_model(self))
         counter = self._count_images
         self._images_before = counter.at_epoch_begin() if counter is not None else 0.0
 
@@ -216,7 +216,8 @@ class StepTimer(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         # Keras has read the logs by now, but the weights may still be updated.
         # `self.model` would make JAX write its state back on every step.
-        synchronize((keras_internals.running_state(self._model), logs))
+        model = keras_internals.callback_model(self)
+        synchronize((keras_internals.training_state(model), logs))
         seconds = self._clock() - self._begin
         if self._first_step_seconds is None:
             self._first_step_seconds = seconds
@@ -375,8 +376,8 @@ class _ImageCounter:
     def now(self) -> float:
         """After a step."""
         # Within an epoch JAX keeps the values out of the variables.
-        state = keras_internals.running_state(self.model)
-        if state:
+        state = keras_internals.training_state(self.model)
+        if state is not None:
             return float(state["metrics_variables"][self.index])
         return float(keras.ops.convert_to_numpy(self.count))
 

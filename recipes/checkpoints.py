@@ -49,7 +49,7 @@ class Checkpoint:
         epochs: those finished, with validation and all callbacks.
         record: what the caller gave.
         metrics: values of `model.metrics_variables` in an unfinished epoch;
-            `()` between epochs, when they begin anew.
+            `()` between epochs, when they start again from 0.
     """
 
     step: int = 0
@@ -146,7 +146,7 @@ class Checkpoints:
         if paths:
             raise ValueError(
                 f"Expected a checkpoint that can be read. Received: {self.folder}, where all are "
-                "damaged. Without --resume the training begins anew"
+                "damaged. Without --resume the training starts from the beginning"
             )
         return None
 

@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from recipes.config import BUILT_IN
-
-if TYPE_CHECKING:
-    from recipes.report import RunReport, VariantResult
+from recipes.results import VariantResult
 
 
-def draw_curves(report: RunReport, path: str) -> None:
-    """Draws loss curves, their differences and the step times as a PNG file."""
+def draw_curves(title: str, variants: Sequence[VariantResult], path: str) -> None:
+    """Draws loss curves, their differences and the step times as a PNG file.
+
+    Args:
+        title: Of the picture.
+        variants: The first is what the others are compared with.
+        path: Of the file.
+    """
     # No pyplot: it needs no display, and keeps no figure alive.
     figure = Figure(figsize=(11, 5.5), dpi=150, layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.5, 1), height_ratios=(1.7, 1))
     losses = figure.add_subplot(grid[0, 0])
     differences = figure.add_subplot(grid[1, 0], sharex=losses)
     times = figure.add_subplot(grid[:, 1])
-    _draw_losses(report.variants, losses)
-    _draw_differences(report.variants, differences)
-    _draw_times(report.variants, times)
+    _draw_losses(variants, losses)
+    _draw_differences(variants, differences)
+    _draw_times(variants, times)
     for axes in (losses, differences, times):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.92", linewidth=0.8)
         axes.set_axisbelow(True)
-    is_ours = report.config.model in BUILT_IN
-    width = f" (width {report.config.width_multiplier:g})" if is_ours else ""
-    figure.suptitle(
-        f"{report.config.name}: {report.config.model}{width} on {report.config.dataset}, "
-        f"batch {report.config.batch_size}, {report.environment['backend']}",
-        fontsize=12,
-    )
+    figure.suptitle(title, fontsize=12)
     figure.savefig(path)
 
 

@@ -59,7 +59,7 @@ def load_start(path: str, image_shape: tuple[int, ...], classes: int) -> keras.M
             f"{type(model.layers[-1]).__name__} '{model.layers[-1].name}' of shape "
             f"{tuple(outputs.shape)}"
         )
-    # Made anew in any case: what the file says of compilation does not matter.
+    # The compile state of the file is not used: the caller compiles the model.
     start = keras.Model(model.inputs[0], head, name=model.name)
     if any(
         layer.dtype_policy.name == "mixed_float16"

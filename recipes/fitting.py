@@ -53,7 +53,7 @@ def fit_from(
 
     Args:
         model: compiled, with the state of `start`.
-        start: from `Checkpoints.restore`; `None` begins anew.
+        start: from `Checkpoints.restore`; `None` starts from the beginning.
         make_dataset: of a step: the batches from this step on to the end of
             the last epoch, as a `tf.data.Dataset` or a generator.
         steps_per_epoch: batches; a multiple of the model's
@@ -69,7 +69,7 @@ def fit_from(
             the state of callbacks. It is called when all of them have seen the
             step or the epoch. JSON must be able to hold it.
         interruption: entered; `None` notices no signals.
-        check_loss_every: steps. It costs a wait for the device; but where a
+        check_loss_every: steps. Each check waits for the device; but where a
             callback has `on_train_batch_end`, Keras waits at every step anyway.
         verbose: as in `fit`.
 
@@ -207,7 +207,7 @@ class _Watch(keras.callbacks.CallbackList):
         if epoch == self._start.epochs and self._start.step > first_step:
             self._offset = self._start.step - first_step
             # Keras has just reset them.
-            set_metrics(self._model, self._start.metrics)
+            set_metrics(keras_internals.callback_model(self), self._start.metrics)
         super().on_epoch_begin(epoch, logs)
 
     def keep_generators(self) -> None:
@@ -236,7 +236,7 @@ class _Watch(keras.callbacks.CallbackList):
             self._check_loss(logs)
         if asked:
             self.stop_if_asked(self._snapshot(metrics_values(self.model)))
-        elif self._model.stop_training:
+        elif self._is_stopped():
             # A callback ends the training here; with others it may go on some day.
             self._save(self._snapshot(metrics_values(self.model)))
 
@@ -258,7 +258,7 @@ class _Watch(keras.callbacks.CallbackList):
         super().on_epoch_end(epoch, logs)
         step = self._position[0]
         missing = (epoch + 1) * self._steps_per_epoch - step
-        if missing and not self._model.stop_training:
+        if missing and not self._is_stopped():
             raise ValueError(
                 f"Expected data for {self._steps_per_epoch} steps in epoch {epoch + 1}. Received: "
                 f"{missing} fewer"
@@ -266,10 +266,13 @@ class _Watch(keras.callbacks.CallbackList):
         if missing:
             return  # A callback has stopped the training, whose last step is saved.
         self._position = (step, epoch + 1)
-        is_last = epoch + 1 == self._epochs or self._model.stop_training
+        is_last = epoch + 1 == self._epochs or self._is_stopped()
         if self._asked() or is_last or (epoch + 1) % self._save_every == 0:
             self._save(self._snapshot())
         self.stop_if_asked()
+
+    def _is_stopped(self) -> bool:
+        return keras_internals.callback_model(self).stop_training
 
     def _asked(self, step: int | None = None) -> bool:
         return self._interruption is not None and self._interruption.asked(step)
@@ -292,9 +295,9 @@ class _Watch(keras.callbacks.CallbackList):
     def _snapshot(self, metrics: tuple[Any, ...] = ()) -> Snapshot | None:
         if self._checkpoints is None:
             return None
-        self._flush_futures()  # Of callbacks that Keras runs in threads.
+        keras_internals.flush_callbacks(self)
         step, epochs = self._position
-        # `self.model`, not `_model`: on JAX that brings the variables up to date.
+        # On JAX, `self.model` brings the variables up to date.
         weights = self.model.trainable_variables
         if not all(np.isfinite(keras.ops.convert_to_numpy(weight)).all() for weight in weights):
             # The loss tells it one step too late.

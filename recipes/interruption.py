@@ -45,7 +45,7 @@ class TrainingInterrupted(Exception):  # noqa: N818 - as KeyboardInterrupt, it i
             + (
                 f"goes on from {self.path}"
                 if self.path
-                else "begins anew: there is no checkpoint yet"
+                else "starts from the beginning: there is no checkpoint yet"
             )
         )
 

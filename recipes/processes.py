@@ -74,7 +74,8 @@ class ProcessGroup:
             )
         if not 0 <= self.process_index < self.num_processes:
             raise ValueError(
-                f"Expected --process_id from 0 to {self.num_processes - 1}. Received: {self.process_index}"
+                f"Expected --process_id from 0 to {self.num_processes - 1}. "
+                f"Received: {self.process_index}"
             )
 
     @property
@@ -140,7 +141,7 @@ class Processes:
         self.num_processes = num_processes
         self._liveness: Liveness | None = None
         # JAX compares the numbers of steps it is asked about with one that it has
-        # chosen among those to come: they must not begin anew with each variant.
+        # chosen among those to come: their numbers must not restart with each variant.
         self._steps = itertools.count(1)
 
     @classmethod
@@ -320,7 +321,8 @@ class _Deadline:
     def _end(self) -> None:
         group = self._group
         who = (
-            f"the {group.num_processes - 1} other processes to connect to this one, at {group.address}"
+            f"the {group.num_processes - 1} other processes to connect to this one, "
+            f"at {group.address}"
             if group.process_index == 0
             else f"all {group.num_processes} processes to meet at {group.address}"
         )

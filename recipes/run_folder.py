@@ -1,4 +1,4 @@
-"""The folder of a run: made anew, or found again to go on."""
+"""The folder of a run: created, or found again to resume it."""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ from recipes.interruption import (
 from recipes.optimizers import average_momentum, compile_model
 from recipes.profiling import Profile
 from recipes.recording import MetricsLog, StopAfter, TensorBoardLog
-from recipes.report import RunReport, VariantResult, environment
+from recipes.report import RunReport, environment
+from recipes.results import VariantResult
 from recipes.run_folder import (
     Progress,
     open_run_folder,

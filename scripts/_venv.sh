@@ -8,7 +8,7 @@ prepare() {
         }
         python3 -m venv .venv
     fi
-    # Installed anew only where the metadata or the wanted extras changed.
+    # Reinstalls only where the metadata or the wanted extras changed.
     local wanted=".venv/.installed-$1"
     if [ ! -e "$wanted" ] || [ setup.cfg -nt "$wanted" ] || [ pyproject.toml -nt "$wanted" ]; then
         .venv/bin/python -m pip install --quiet --editable ".[$1]"

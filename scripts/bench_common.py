@@ -327,7 +327,7 @@ def draw_bars(
     groups: Sequence[str],
     series: Mapping[str, Mapping[str, tuple[float, float, float]]],
 ) -> None:
-    """Bars in milliseconds, on a logarithmic scale, with the spread on top.
+    """Bars in milliseconds, on a logarithmic scale, with p10 to p90 on top.
 
     Args:
         axes: matplotlib's.
@@ -342,7 +342,7 @@ def draw_bars(
             axes.bar([], [], label=f"{name} (failed)", color=f"C{index}")
             continue
         places, medians, lows, highs = (list(values) for values in zip(*known, strict=True))
-        spread = [
+        ends = [
             [1e3 * (median - low) for median, low in zip(medians, lows, strict=True)],
             [1e3 * (high - median) for median, high in zip(medians, highs, strict=True)],
         ]
@@ -350,7 +350,7 @@ def draw_bars(
             [place - 0.4 + (index + 0.5) * width for place in places],
             [1e3 * median for median in medians],
             width,
-            yerr=spread,
+            yerr=ends,
             label=name,
             color=f"C{index}",
             error_kw={"elinewidth": 1, "capsize": 1.5},

@@ -9,7 +9,7 @@ timed call runs the operation many times and is divided by their number:
   (the diagonal kernel, a change of layout, the operation itself). So each turn
   writes one element of both arguments, in place, with a value that the compiler
   cannot know to be the old one: it comes from the last result, which therefore
-  has to be computed in full before. That costs two tiny kernels an operation,
+  has to be computed in full before. That adds two tiny kernels to an operation,
   and the loop copies its arguments once a call; `run_nothing` is the same loop
   without the operation, and its time is reported as overhead.
 - TensorFlow without XLA: the operations stand one after another in one graph,

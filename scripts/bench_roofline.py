@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import bench_common
 import bench_device
 import keras
+from bench_rows import Row
 
 from diagconv_tf.spec import PASSES
-
-if TYPE_CHECKING:
-    from benchmark_lowerings import Row
 
 
 def draw_pictures(folder: str, rows: Sequence[Row], ceilings: bench_device.Ceilings) -> None:

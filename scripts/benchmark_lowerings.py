@@ -29,7 +29,7 @@ lowerings' own. A lowering that fails, is refused or skipped is a row with its
 error, and so is every combination for which no time is left.
 Each result is compared with that of the framework's own op in float32, from the
 same rounded arguments. On a GPU one timed call runs the operation many times,
-so that starting it does not hide its kernels: how, and what that costs
+so that starting it does not hide its kernels: how, and what that adds
 (`overhead`), is told at the top of bench_device.py.
 
 Example (2 CPU cores, 2 minutes):
@@ -72,6 +72,7 @@ import bench_shapes
 import keras
 import numpy as np
 from absl import app, flags
+from bench_rows import Row
 from keras import ops
 from rich.table import Table
 
@@ -155,50 +156,6 @@ class Group:
     def spec(self) -> ConvSpec:
         dtype = bench_common.PRECISIONS[self.precision].dtype
         return self.shape.spec.replace(data_format=self.layout, compute_dtype=dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One lowering of one pass. Times are seconds for one operation.
-
-    `scripts/results/README.md` says what each column means.
-    """
-
-    shape: str
-    used_by: dict[str, int]
-    batch: int
-    height: int
-    width: int
-    channels: int
-    kernel: str
-    stride: str
-    padding: str
-    pass_name: str
-    precision: str
-    layout: str
-    compiled: bool
-    lowering: str
-    flops: int
-    least_bytes: int
-    limit: float
-    bound: str
-    median: float | None = None
-    p10: float | None = None
-    p90: float | None = None
-    count: int = 0
-    first_seconds: float | None = None
-    limit_share: float | None = None
-    over_native: float | None = None
-    flops_per_second: float | None = None
-    bytes_per_second: float | None = None
-    relative_error: float | None = None
-    agrees: bool | None = None
-    operations: int = 0
-    sets: int = 0
-    past_caches: bool | None = None
-    overhead: float | None = None
-    timed_as: str = ""
-    error: str | None = None
 
 
 # One operation
@@ -287,7 +244,7 @@ def repeats_and_sets(
     """How often one timed call runs the operation on how many sets of arguments.
 
     Args:
-        spec: the problem.
+        spec: the convolution.
         limit: seconds below which an operation cannot get.
         compiled: whether a compiler makes the program.
         parts: of the operation, as `count_parts` has it.
@@ -580,7 +537,7 @@ def main(_: list[str]) -> None:
     ceilings = bench_device.measure_ceilings(precisions)
     groups = [
         Group(shape, pass_name, precision, layout, compiled)
-        # Shapes inside: a budget that runs out costs the last conditions first.
+        # Shapes inside: where the budget runs out, the last conditions are missing.
         for precision, layout, compiled, shape, pass_name in itertools.product(
             precisions,
             LAYOUTS.value,

@@ -498,7 +498,7 @@ def main(_: list[str]) -> None:
         raise app.UsageError(str(error)) from error
     groups = [
         Group(model, precision, int(batch_size), jit_compile)
-        # Models inside: a budget that runs out costs the last conditions first.
+        # Models inside: where the budget runs out, the last conditions are missing.
         for precision, jit_compile, batch_size, model in itertools.product(
             PRECISION.value or [bench_common.default_precision()],
             JIT_COMPILE.value,

@@ -23,7 +23,8 @@ from recipes.finetuning import load_start
 from recipes.input_wait import seconds_without_input, wait_share
 from recipes.interruption import NonFiniteLossError, TrainingInterrupted
 from recipes.recording import MetricsLog, StopAfter
-from recipes.report import RunReport, VariantResult, environment
+from recipes.report import RunReport, environment
+from recipes.results import VariantResult
 from recipes.run_folder import Progress, open_run_folder, progress_until
 from recipes.variants import Variant
 from tests.mocked_tfds import mocked_set

@@ -109,7 +109,9 @@ def is_compiled_for_cpu() -> bool:
 def is_partitioned(tensor: Any) -> bool:
     """Whether `tensor` is of a program that will be divided among devices as a whole."""
     # Inside somebody's own `shard_map` a tensor is one device's part already.
-    return isinstance(tensor, jax.core.Tracer) and not jax.sharding.get_abstract_mesh().manual_axes
+    if not keras_internals.is_traced_by_jax(tensor):
+        return False
+    return not jax.sharding.get_abstract_mesh().manual_axes
 
 
 def per_shard(

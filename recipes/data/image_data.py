@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 
-from recipes.data.sources import Examples
-
-if TYPE_CHECKING:
-    from recipes.data.synthetic import SyntheticExamples
+from recipes.data.sources import Examples, SyntheticExamples
 
 # Of every split made here. Not the seed of the training: runs with different
 # seeds are tested on the same images.

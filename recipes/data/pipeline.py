@@ -24,7 +24,8 @@ from recipes.data.image_data import ImageData, channels_first
 from recipes.data.pictures import centre_square, cut, mirror, scale
 from recipes.data.seeds import fold_in
 from recipes.data.shares import Share
-from recipes.data.synthetic import RepeatedBatch, SyntheticExamples
+from recipes.data.sources import SyntheticExamples
+from recipes.data.synthetic import repeated_batch
 
 #: Name → what pixels from 0 to 255 are multiplied with, and what is added.
 #: `"symmetric"`, [-1, 1], is that of keras.applications' MobileNets.
@@ -109,7 +110,7 @@ def training_dataset(
             own = slice(*share.own_part(batch_size))
             batch = _prepared(images, *(part[own] for part in source.draw(batch_size)), *form)
             if replicas.num_replicas == 1:
-                return RepeatedBatch.on_device(batch)
+                return repeated_batch(batch)
             # Keras shares out batches of tf.data only.
             return tf.data.Dataset.from_tensors(batch).repeat()
     first_epoch, steps_done = divmod(first_step, steps)

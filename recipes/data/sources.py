@@ -1,6 +1,6 @@
 """Where the images of a data set are, and in what orders they can be read.
 
-Each class here is one kind of place. All give their examples as a tf.data
+Each class here but the last is one kind of place. All give their examples as a tf.data
 dataset of cheap records (an index, or encoded bytes), in their own order or in
 one that is a function of a seed, and turn a record into a picture when asked:
 so a training that goes on in the middle of an epoch passes over what it has
@@ -26,7 +26,7 @@ from recipes.data.host import on_host, plain, tf
 from recipes.data.seeds import fold_in
 from recipes.data.shares import Share, even_parts
 
-# Into how many parts a share of a large set is divided at most, and how many of
+# The most parts into which a share of a large set is split, and how many of
 # them are read in turns: see `StreamedExamples`.
 MAX_PIECES = 32
 PIECES_AT_A_TIME = 8
@@ -259,7 +259,7 @@ class StreamedExamples:
             seed = fold_in(seed, process)
         start, stop = share.own_part(self.count)
         number = max(1, min(MAX_PIECES, self.files // processes))
-        with tf.init_scope():  # Once, and not anew in every epoch.
+        with tf.init_scope():  # Once, not in every epoch.
             pieces = [self.stream(*bounds) for bounds in even_parts(start, stop, number)]
         order = tf.random.experimental.stateless_shuffle(
             tf.range(number, dtype=tf.int64), seed=seed
@@ -296,3 +296,30 @@ def _with_int32_label(picture, label):
 
 def _with_weight(weight):
     return lambda picture, label: (picture, tf.cast(label, tf.int32), tf.constant(weight))
+
+
+@dataclass(frozen=True)
+class SyntheticExamples:
+    """Random patterns, one for each class, in noise.
+
+    Args:
+        count: Images in an epoch, nominally: they are one batch, repeated.
+        patterns: float32, (classes, size, size, 3), from 0 to 255.
+        seed: Of the noise.
+    """
+
+    count: int
+    patterns: np.ndarray = field(repr=False)
+    seed: int = 0
+
+    def digest(self) -> str:
+        """See `recipes.data.sources.Examples`."""
+        return str(self.count)
+
+    def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels, uint8 (count, size, size, 3), and labels, int32 (count,)."""
+        rng = np.random.default_rng(self.seed)
+        labels = (np.arange(count) % len(self.patterns)).astype("int32")
+        shape = (count, *self.patterns.shape[1:])
+        noise = 32 * rng.standard_normal(shape, dtype="float32")
+        return np.clip(self.patterns[labels] + noise, 0, 255).astype("uint8"), labels

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import keras
 import numpy as np
 
 from diagconv_tf import keras_internals
 from recipes.data.image_data import ImageData
-from recipes.data.sources import PixelExamples
+from recipes.data.sources import PixelExamples, SyntheticExamples
 
 CLASSES = 10
 TRAIN_COUNT, TEST_COUNT = 512, 128
@@ -56,35 +55,23 @@ def load_synthetic(name: str, image_size: int) -> ImageData:
     )
 
 
-@dataclass(frozen=True)
-class SyntheticExamples:
-    """Random patterns, one for each class, in noise.
+def repeated_batch(batch: tuple) -> RepeatedBatch:
+    """A data set for `fit` with the same batch at every step.
 
     Args:
-        count: Images in an epoch, nominally: they are one batch, repeated.
-        patterns: float32, (classes, size, size, 3), from 0 to 255.
-        seed: Of the noise.
+        batch: Images and labels, arrays or TensorFlow's tensors; they are copied to
+            the device once.
+
+    Raises:
+        MissingNameError: If Keras no longer has the base class that `fit` asks for.
     """
-
-    count: int
-    patterns: np.ndarray = field(repr=False)
-    seed: int = 0
-
-    def digest(self) -> str:
-        """See `recipes.data.sources.Examples`."""
-        return str(self.count)
-
-    def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels, uint8 (count, size, size, 3), and labels, int32 (count,)."""
-        rng = np.random.default_rng(self.seed)
-        labels = (np.arange(count) % len(self.patterns)).astype("int32")
-        shape = (count, *self.patterns.shape[1:])
-        noise = 32 * rng.standard_normal(shape, dtype="float32")
-        return np.clip(self.patterns[labels] + noise, 0, 255).astype("uint8"), labels
+    bases = (RepeatedBatch, keras_internals.data_adapter_class())
+    adapter = type("RepeatedBatchAdapter", bases, {})
+    return adapter(tuple(keras.ops.convert_to_tensor(np.asarray(part)) for part in batch))
 
 
-class RepeatedBatch(keras_internals.data_adapter_class()):
-    """The same batch at every step, as it is.
+class RepeatedBatch:
+    """The methods that Keras calls on a `DataAdapter`; `repeated_batch` creates one.
 
     Args:
         batch: Images and labels, on the device.
@@ -92,11 +79,6 @@ class RepeatedBatch(keras_internals.data_adapter_class()):
 
     def __init__(self, batch: tuple):
         self.batch = batch
-
-    @classmethod
-    def on_device(cls, batch: tuple) -> RepeatedBatch:
-        """Of arrays or TensorFlow's tensors, copied to the device once."""
-        return cls(tuple(keras.ops.convert_to_tensor(np.asarray(part)) for part in batch))
 
     def __iter__(self):
         return itertools.repeat(self.batch)

@@ -1,4 +1,4 @@
-"""MobileNetV1 and V2 are those of keras.applications, whatever computes them."""
+"""MobileNetV1 and V2 are those of keras.applications."""
 
 import dataclasses
 
@@ -9,9 +9,9 @@ import pytest
 from diagconv_tf import DiagonalwiseDepthwiseConv2D
 from recipes import models
 
-# They are made of Keras's layers, which compile one by one on JAX: minutes.
-# tests/test_recipes.py trains one of them there.
-pytestmark = pytest.mark.backends("tensorflow", "torch")
+# The networks are graphs of Keras's layers, the same on every backend;
+# tests/test_recipes.py trains one of them on each.
+pytestmark = pytest.mark.backends("tensorflow")
 
 CLASSES = 7
 

@@ -37,6 +37,8 @@ from recipes.interruption import (
 BACKEND = keras.backend.backend()
 STEPS, EPOCHS, BATCH = 5, 3, 4
 ROOT = pathlib.Path(__file__).parents[1]
+# These laws need no backend's own code: they are tested on one of them.
+one_backend = pytest.mark.backends("tensorflow")
 
 
 # A training: model, data, and what is compared
@@ -279,6 +281,7 @@ def test_goes_on_at_the_end_of_an_epoch(when, epochs, unbroken, tmp_path):
     assert_same_state(state(model), unbroken[0])
 
 
+@one_backend
 def test_goes_on_from_the_last_epoch_that_was_saved(unbroken, tmp_path):
     class CrashError(Exception):
         pass
@@ -303,6 +306,7 @@ def test_tf_data_goes_on_within_an_epoch(unbroken, tmp_path):
     assert_same_state(state(model), unbroken[0])
 
 
+@one_backend
 def test_refuses_another_number_of_steps_and_data_that_ends_early(tmp_path):
     train(make_model(), tmp_path, at=STEPS)
     with pytest.raises(ValueError, match=f"epochs of 2 steps. Received: one of step {STEPS}"):
@@ -392,6 +396,7 @@ OTHERS = {
 }
 
 
+@one_backend
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_model_is_refused_and_left_alone(name, trained, tmp_path):
     store = Checkpoints(tmp_path)
@@ -431,6 +436,7 @@ def empty(path):
     path.write_bytes(b"")
 
 
+@one_backend
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty])
 def test_a_damaged_checkpoint_is_passed_over(damage, trained, tmp_path, caplog):
     store, model = Checkpoints(tmp_path), trained()
@@ -451,6 +457,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, trained, tmp_path, caplog):
     ]
 
 
+@one_backend
 @pytest.mark.parametrize("error", [OSError("stale handle"), MemoryError()], ids=repr)
 def test_a_checkpoint_that_cannot_be_read_now_is_kept(error, trained, tmp_path, monkeypatch):
     store = Checkpoints(tmp_path)
@@ -468,13 +475,15 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(error, trained, tmp_path, 
     assert store.restore(trained()).step == 2
 
 
-def test_where_all_are_damaged_nothing_begins_anew_unasked(trained, tmp_path):
+@one_backend
+def test_where_all_are_damaged_nothing_starts_from_the_beginning_unasked(trained, tmp_path):
     store = Checkpoints(tmp_path)
     truncate(store.save(Snapshot.of(trained(), Checkpoint(1))))
     with pytest.raises(ValueError, match="all are damaged. Without --resume"):
         store.restore(trained())
 
 
+@one_backend
 def test_the_newest_are_kept_and_those_of_another_course_removed(trained, tmp_path):
     store, model = Checkpoints(tmp_path, keep=2), trained()
     for step in (1, 2, 3, 4):
@@ -487,6 +496,7 @@ def test_the_newest_are_kept_and_those_of_another_course_removed(trained, tmp_pa
         Checkpoints(tmp_path, keep=0)
 
 
+@one_backend
 def test_a_full_disk_harms_neither_training_nor_checkpoint(unbroken, tmp_path, caplog):
     store = Checkpoints(tmp_path)
 
@@ -511,6 +521,7 @@ def test_a_full_disk_harms_neither_training_nor_checkpoint(unbroken, tmp_path, c
     assert store.restore(make_model(seed=1)).epochs == 1
 
 
+@one_backend
 def test_what_a_kill_in_mid_write_has_left_is_removed(trained, tmp_path):
     left = tmp_path / ".12345-step-00000007.npz"
     left.touch()
@@ -523,6 +534,7 @@ def test_what_a_kill_in_mid_write_has_left_is_removed(trained, tmp_path):
 # Losses
 
 
+@one_backend
 def test_a_loss_that_is_no_number_stops_at_once(tmp_path):
     model = make_model(keras.optimizers.SGD(0.25))
     data = functools.partial(batches, broken_at=STEPS + 1)
@@ -543,6 +555,7 @@ def test_a_loss_that_is_no_number_stops_at_once(tmp_path):
     assert all(np.isfinite(value).all() for value in state(model))
 
 
+@pytest.mark.backends("tensorflow", "jax")  # JAX keeps the weights apart from the model.
 @pytest.mark.parametrize(("at", "signalled"), [(2 * STEPS, False), (STEPS + 2, True)])
 def test_weights_that_are_no_numbers_are_not_saved(at, signalled, tmp_path):
     model = make_model(keras.optimizers.SGD(0.25))
@@ -561,6 +574,7 @@ def test_weights_that_are_no_numbers_are_not_saved(at, signalled, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [f"step-{STEPS:08}.npz"]
 
 
+@one_backend
 def test_the_loss_is_looked_at_every_so_many_steps_and_before_saving(tmp_path):
     data = functools.partial(batches, broken_at=STEPS)
     for options, step in (
@@ -580,6 +594,7 @@ def test_non_finite_gradients_of_a_loss_scale_do_not_stop():
     assert float(keras.ops.convert_to_numpy(optimizer.dynamic_scale)) < 2.0**127
 
 
+@one_backend
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_float16_alone_is_advised_against(policy):
     check = LossCheck()
@@ -608,6 +623,7 @@ def number(request):
     signal.signal(request.param, former)
 
 
+@one_backend
 def test_the_first_signal_asks_and_a_second_ctrl_c_ends(number, capfd):
     number, outside = number
     before = handlers()
@@ -623,6 +639,7 @@ def test_the_first_signal_asks_and_a_second_ctrl_c_ends(number, capfd):
     assert capfd.readouterr().err.count("saving after this step") == 1
 
 
+@one_backend
 def test_a_signal_that_came_too_late_is_not_lost(number):
     number, outside = number
     with Interruption():
@@ -631,6 +648,7 @@ def test_a_signal_that_came_too_late_is_not_lost(number):
     assert outside
 
 
+@one_backend
 def test_another_thread_handles_no_signals():
     def enter():
         with Interruption():
@@ -643,6 +661,7 @@ def test_another_thread_handles_no_signals():
     assert found == [handlers()]
 
 
+@one_backend
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # The child does nothing else.
 def test_a_forked_worker_is_ended_as_usual():
     with Interruption():
@@ -655,6 +674,7 @@ def test_a_forked_worker_is_ended_as_usual():
     assert os.WTERMSIG(status) == signal.SIGTERM
 
 
+@one_backend
 def test_a_signal_before_the_first_step_saves_nothing(tmp_path):
     interruption = Interruption()
     interruption.signal_name = "SIGINT"
@@ -693,6 +713,7 @@ def script_that_waits(folder, step):
             process.kill()
 
 
+@one_backend
 @pytest.mark.slow
 def test_killed_then_preempted_then_done(tmp_path):
     with script_that_waits(tmp_path, STEPS + 2) as process:

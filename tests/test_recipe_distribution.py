@@ -34,6 +34,8 @@ from tests import tiny_config
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_config.py"
 BACKEND = keras.backend.backend()
+# These laws need no backend's own code: they are tested on one of them.
+one_backend = pytest.mark.backends("tensorflow")
 
 # --- Shares of a batch ---------------------------------------------------------
 
@@ -57,6 +59,7 @@ def parts(make, share):
     ]
 
 
+@one_backend
 @pytest.mark.parametrize("share", SHARES, ids=str)
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_processes_read_the_parts_of_the_same_batches(share, first_step):
@@ -81,6 +84,7 @@ def test_processes_read_the_parts_of_the_same_batches(share, first_step):
     assert {len(batch[1]) for own in shares for batch in own} == {8 // share.num_processes}
 
 
+@one_backend
 @pytest.mark.parametrize("share", SHARES, ids=str)
 @pytest.mark.parametrize("count", [16, 17, 21, 3])
 def test_every_test_image_counts_once(share, count):
@@ -97,6 +101,7 @@ def test_every_test_image_counts_once(share, count):
     assert seen == list(range(count))
 
 
+@one_backend
 def test_a_batch_that_replicas_do_not_divide_is_refused():
     message = r"Expected a global batch size that 4 replicas divide \(near: 4, 8\).*batch_size=6"
     with pytest.raises(ValueError, match=message):
@@ -234,6 +239,7 @@ def test_batch_norms_are_synchronized_under_a_strategy_alone(before):
     assert '"synchronized": true' not in train.without_training_state(model).to_json()
 
 
+@one_backend
 def test_processes_need_a_distribution():
     with pytest.raises(ValueError, match="--distribution=data_parallel for several processes"):
         Distribution.start(Config(), Processes(1, 2))
@@ -248,6 +254,7 @@ GROUPS = {
 }
 
 
+@one_backend
 @pytest.mark.parametrize(("values", "message"), GROUPS.values(), ids=GROUPS)
 def test_wrong_groups_are_refused(values, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -271,6 +278,7 @@ def no_group(monkeypatch):
     flags.FLAGS["join_timeout"].value = 300
 
 
+@one_backend
 def test_groups_from_flags_and_variables(no_group):
     assert parsed([]) is None
     no_group.setenv("KERAS_DISTRIBUTION_JOB_ADDRESSES", "a:1,b:2")
@@ -326,6 +334,7 @@ def break_off(liveness):
         peer.shutdown(socket.SHUT_RDWR)
 
 
+@one_backend
 @pytest.mark.parametrize("lost", [0, 1, 2])
 def test_all_notice_the_end_of_one(lost):
     with connected(3) as (everyone, noticed):
@@ -335,6 +344,7 @@ def test_all_notice_the_end_of_one(lost):
         eventually(lambda: all(noticed[number] == [(lost, 3)] for number in others))
 
 
+@one_backend
 def test_goodbye_is_no_end():
     with connected(3) as (everyone, noticed):
         for other in everyone:
@@ -345,6 +355,7 @@ def test_goodbye_is_no_end():
         assert not any(noticed.values())
 
 
+@one_backend
 def test_who_does_not_come_is_waited_for_in_vain():
     first = Liveness(0, 2)
     first.listen()
@@ -352,6 +363,7 @@ def test_who_does_not_come_is_waited_for_in_vain():
         first.connect("127.0.0.1", 0, 0.1)
 
 
+@one_backend
 def test_whoever_cannot_connect_names_the_port():
     host, port = free_address().split(":")
     with pytest.raises(OSError, match=f"process 0 to be reached at {host}:{port} as well"):
@@ -374,6 +386,7 @@ def test_steps_are_counted_through_all_variants(monkeypatch):
     assert found == [False, True]
 
 
+@one_backend
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full")], ids=repr)
 def test_whatever_ends_a_process_is_noticed_by_the_others(error, monkeypatch, capsys):
     def ended(code):
@@ -396,6 +409,7 @@ class EndedError(Exception):
     pass
 
 
+@one_backend
 def test_main_lets_nothing_pass_by(monkeypatch):
     """Errors of all kinds come to `ending_together`."""
     seen = []
@@ -536,6 +550,7 @@ def write_images(folder, names=("a/1.png", "a/2.png", "b/1.png", "b/2.png")):
     return f"folder:{folder}"
 
 
+@one_backend
 def test_processes_with_other_images_are_refused(tiny, tmp_path, monkeypatch):
     def images(name, *names):
         dataset = write_images(tmp_path / "images" / name, *names)
@@ -553,6 +568,7 @@ def test_processes_with_other_images_are_refused(tiny, tmp_path, monkeypatch):
         assert images(name, names) != expected
 
 
+@one_backend
 def test_processes_with_other_start_weights_are_refused(tiny, tmp_path, monkeypatch):
     path = tmp_path / "mine.keras"
     model = tiny_config.network((32, 32, 3), 10)

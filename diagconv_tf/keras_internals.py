@@ -252,13 +252,6 @@ _IN_XLA = PrivateName(
     'Stock layers and lowering="native" work',
     backends=("tensorflow",),
 )
-_TORCH_DEVICE = PrivateName(
-    "keras.src.backend.torch.core",
-    "get_device",
-    "find the device on which Keras computes",
-    "The layers work; `tune` and plans do not",
-    backends=("torch",),
-)
 _JAX_TRACER = PrivateName(
     "jax.core",
     "Tracer",
@@ -558,11 +551,6 @@ def update_container_snapshot(container: Any) -> None:
 def is_traced_for_xla(graph: Any) -> bool:
     """Whether XLA will compile the TensorFlow graph that is being traced."""
     return bool(_IN_XLA.of_module()(graph))
-
-
-def torch_device() -> str:
-    """The device on which Keras computes with PyTorch."""
-    return _TORCH_DEVICE.of_module()()
 
 
 def is_traced_by_jax(value: Any) -> bool:

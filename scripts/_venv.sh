@@ -1,17 +1,18 @@
-# Sourced by run and test: makes .venv where it is missing and installs into it.
-# Usage: . scripts/_venv.sh; prepare EXTRAS
+# Sourced by the other scripts: creates FOLDER where it is missing and installs into it.
+# Usage: . scripts/_venv.sh; prepare EXTRAS [FOLDER]
 prepare() {
-    if [ ! -x .venv/bin/python ]; then
+    local folder="${2:-.venv}"
+    if [ ! -x "$folder/bin/python" ]; then
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
             echo "Expected python3 to be Python >= 3.10. Received: $(python3 --version)" >&2
             exit 1
         }
-        python3 -m venv .venv
+        python3 -m venv "$folder"
     fi
     # Reinstalls only where the metadata or the wanted extras changed.
-    local wanted=".venv/.installed-$1"
+    local wanted="$folder/.installed-$1"
     if [ ! -e "$wanted" ] || [ setup.cfg -nt "$wanted" ] || [ pyproject.toml -nt "$wanted" ]; then
-        .venv/bin/python -m pip install --quiet --editable ".[$1]"
+        "$folder/bin/python" -m pip install --quiet --editable ".[$1]"
         touch "$wanted"
     fi
     # The lines about absent CUDA drivers and CPU features hide real messages.

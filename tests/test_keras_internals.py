@@ -241,9 +241,6 @@ ROWS: dict[str, Row] = {
         lambda model: model.variables[0], lambda m, _: distribution.is_distributed(m)
     ),
     "tensorflow.python.ops.control_flow_util.GraphOrParentsInXlaContext": Row(None, trace_for_xla),
-    "keras.src.backend.torch.core.get_device": Row(
-        None, lambda *_: backends.current().default_device()
-    ),
     "jax.core.Tracer": Row(None, lambda *_: backends.current().is_partitioned(X)),
     "jax._src.distributed.global_state": Row(None, lambda *_: backends.current().process_store()),
     "jax._src.distributed.State().client": Row(

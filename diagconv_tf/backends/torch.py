@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import torch
 from torch.nn import functional, grad
 
-from diagconv_tf import keras_internals
 from diagconv_tf.spec import ConvSpec
 
 
 def default_device() -> tuple[str, str]:
-    device = torch.device(keras_internals.torch_device())
+    # Keras's own function for it is private, and has moved between releases.
+    device = keras.ops.zeros(()).device
     if device.type == "cuda":
         return "gpu", torch.cuda.get_device_name(device)
     return device.type, ""

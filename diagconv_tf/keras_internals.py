@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,6 +160,13 @@ _IN_XLA = PrivateName(
     "GraphOrParentsInXlaContext",
     "tell whether XLA will compile what is traced",
     'Stock layers and lowering="native" work',
+    backends=("tensorflow",),
+)
+_GRADIENT_REGISTRY = PrivateName(
+    "tensorflow.python.framework.ops",
+    "gradient_registry",
+    "free the graphs of models that are gone",
+    'Lowerings "native" and "diagonal" for all passes work',
     backends=("tensorflow",),
 )
 _TORCH_DEVICE = PrivateName(
@@ -392,6 +400,26 @@ def update_container_snapshot(container: Any) -> None:
 def is_traced_for_xla(graph: Any) -> bool:
     """Whether XLA will compile the TensorFlow graph that is being traced."""
     return bool(_IN_XLA.of_module()(graph))
+
+
+def forget_gradient_with_graph(tensor: Any) -> None:
+    """Frees what `tf.custom_gradient` keeps for `tensor` when its graph is gone.
+
+    TensorFlow registers every custom gradient of a graph by name, and for good, with
+    the tensors, and so the graph, that the gradient is made of.
+
+    Args:
+        tensor: a graph's tensor, as a `tf.custom_gradient` function returned it.
+    """
+    registry = _GRADIENT_REGISTRY.of_module()._registry
+    name = tensor.op.get_attr("_gradient_op_type").decode()
+    gradient = registry[name]["type"]
+    # The graph keeps the gradient, and the registry finds it there.
+    graph = tensor.graph
+    graph._diagconv_tf_gradients = (*getattr(graph, "_diagconv_tf_gradients", ()), gradient)
+    kept = weakref.ref(gradient)
+    registry[name]["type"] = lambda *arguments: kept()(*arguments)
+    weakref.finalize(graph, registry.pop, name, None)
 
 
 def torch_device() -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from keras import ops
 
+from diagconv_tf import backends
 from diagconv_tf.lowerings.base import Lowering
 from diagconv_tf.lowerings.native import Native
 from diagconv_tf.spec import ConvSpec
@@ -215,10 +216,8 @@ def _split_outputs(blocks: list[ConvSpec], tensor: Any, axis: int) -> list[Any]:
 
 
 def _split(tensor: Any, sizes: list[int], axis: int) -> list[Any]:
-    if len(sizes) == 1:
-        return [tensor]
-    ends = [sum(sizes[: index + 1]) for index in range(len(sizes) - 1)]
-    return ops.split(tensor, ends, axis=axis)
+    # Not `keras.ops.split`: it takes positions, which PyTorch cannot trace.
+    return [tensor] if len(sizes) == 1 else backends.current().split(tensor, sizes, axis)
 
 
 def _concatenate(tensors: list[Any], axis: int) -> Any:

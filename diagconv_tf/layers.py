@@ -2,7 +2,9 @@
 
 Each class is Keras's own but for the convolution: same arguments, variables,
 config and checks, plus `lowering`. A stock layer becomes ours, and ours stock,
-by changing its class.
+by changing its class. Another thread may be inside `call` when that happens. So
+`call` reads the layer's lowering once, and then nothing that only one of the
+two classes has; whichever class it meets, it computes the same function.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ import inspect
 from typing import Any
 
 import keras
+import numpy as np
+from absl import logging
 from keras import ops
 
+from diagconv_tf import backends
 from diagconv_tf.distribution import MeshAxis, variable_axis
 from diagconv_tf.lowerings import (
     DEFAULT_LOWERING,
@@ -26,6 +31,7 @@ from diagconv_tf.lowerings import (
 from diagconv_tf.spec import ConvSpec
 
 _NATIVE = parse("native")
+_DEFAULT = parse(DEFAULT_LOWERING)
 
 _ARGUMENT_DOC = """
 
@@ -33,11 +39,11 @@ _ARGUMENT_DOC = """
     and one argument more:
 
     Args:
-        lowering: how the convolution is computed; every choice gives the same
+        lowering: how to compute the convolution. Every choice gives the same
             numbers up to rounding.
 
             - `"diagonal:N"`: standard convolutions of N channels each, with
-              the kernel on their diagonal (arXiv 1803.09926); the last one is
+              the kernel on their diagonal (arXiv 1803.09926). The last one is
               smaller where N does not divide the channels. `"diagonal"` means
               N = 32, `"dense"` one convolution of all channels.
             - `"diagonal_grouped:N"`: the same blocks as one grouped
@@ -49,36 +55,44 @@ _ARGUMENT_DOC = """
 
             Defaults to `"diagonal:32"`, the choice of the paper's authors.
 
+    Inputs have the dtypes that the stock layer takes on the same backend, and
+    outputs have the stock layer's dtype.
+
     Raises:
-        ValueError: if `lowering` is none of these, or, when the layer is
-            built, if it cannot compute the layer; the message says why.
+        ValueError: if `lowering` is none of these, or cannot compute the layer
+            once it is built; the message says why.
+        TypeError: when called, if the stock layer refuses the inputs' dtype.
     """
 
 
-def layer_spec(layer: keras.layers.Layer, input_shape: tuple) -> ConvSpec:
-    """The convolution of a layer, stock or ours, as a problem.
+def layer_spec(
+    layer: keras.layers.Layer, input_shape: tuple, compute_dtype: str | None = None
+) -> ConvSpec:
+    """The workload of a layer, stock or ours.
 
     Args:
         layer: a `DepthwiseConv2D`, a `Conv2D`, or a `SeparableConv2D`, of
             which the depthwise half is meant.
-        input_shape: four sizes in the layer's `data_format`; batch, height
-            and width may be None.
+        input_shape: four sizes in the layer's `data_format`. Batch, height and
+            width may be None or symbolic, which counts as unknown.
+        compute_dtype: a floating dtype name; None means the layer's own.
 
     Raises:
-        ValueError: if the input is too small for the kernel, or the groups
-            do not fit the channels.
+        ValueError: if the shape has no four sizes or no number of channels, the
+            input is too small for the kernel, or the groups do not fit the
+            channels.
     """
-    sizes = [size if isinstance(size, int) else None for size in input_shape]
-    if len(sizes) != 4:
+    shape = tuple(input_shape)
+    channels_last = layer.data_format == "channels_last"
+    if len(shape) != 4 or shape[-1 if channels_last else 1] is None:
         raise ValueError(
-            f"Expected inputs of 4 dimensions ({layer.data_format}) for layer "
-            f"'{layer.name}'. Received: input_shape={tuple(input_shape)}"
+            f"Expected inputs of 4 dimensions ({layer.data_format}) with a known number of "
+            f"channels for layer '{layer.name}'. Received: input_shape={shape}"
         )
-    batch, *image = sizes
-    if layer.data_format == "channels_last":
-        height, width, channels = image
-    else:
-        channels, height, width = image
+    batch, *image = shape
+    height, width, channels = image if channels_last else (*image[1:], image[0])
+    # A number wherever it comes from; under `torch.jit.trace` it is a tensor.
+    channels = int(channels)
     if isinstance(layer, keras.layers.Conv2D):
         groups, multiplier = layer.groups, layer.filters // layer.groups
         if channels % groups:
@@ -89,9 +103,9 @@ def layer_spec(layer: keras.layers.Layer, input_shape: tuple) -> ConvSpec:
     else:
         groups, multiplier = channels, layer.depth_multiplier
     return ConvSpec(
-        batch=batch,
-        height=height,
-        width=width,
+        batch=_known(batch),
+        height=_known(height),
+        width=_known(width),
         groups=groups,
         input_channels_per_group=channels // groups,
         output_channels_per_group=multiplier,
@@ -100,28 +114,39 @@ def layer_spec(layer: keras.layers.Layer, input_shape: tuple) -> ConvSpec:
         dilation_rate=layer.dilation_rate,
         padding=layer.padding,
         data_format=layer.data_format,
-        compute_dtype=layer.compute_dtype,
+        compute_dtype=layer.compute_dtype if compute_dtype is None else compute_dtype,
     )
 
 
+def _known(size: Any) -> int | None:
+    """A size as an int; None where it is None, a tensor or a symbol."""
+    if isinstance(size, int):
+        return size
+    return int(size) if isinstance(size, np.integer) else None
+
+
 def kernel_channels_axis(layer: keras.layers.Layer, kernel: Any = None) -> MeshAxis | None:
-    """The mesh axis that a layer's kernel is divided along, channel by channel; None where not.
+    """The mesh axis that shards a layer's kernel by channels; None where none does.
 
     Args:
         layer: as for `layer_spec`; it must be built.
-        kernel: what it computes with; None means its variable.
+        kernel: the kernel that it computes with; None means its variable.
     """
     if kernel is None:
-        separable = isinstance(layer, keras.layers.SeparableConv2D)
-        kernel = layer.depthwise_kernel if separable else layer.kernel
+        kernel = _kernel_variable(layer)
     return variable_axis(kernel, 3 if isinstance(layer, keras.layers.Conv2D) else 2)
+
+
+def _kernel_variable(layer: keras.layers.Layer) -> Any:
+    separable = isinstance(layer, keras.layers.SeparableConv2D)
+    return layer.depthwise_kernel if separable else layer.kernel
 
 
 class LoweredLayer:
     """The `lowering` of a layer: argument, attribute, config and check."""
 
-    # Stands here too, so that a stock layer whose class is changed has one.
-    _lowering: LoweringChoice = parse(DEFAULT_LOWERING)
+    # On the class too, so that a stock layer has one when its class is changed.
+    _lowering: LoweringChoice = _DEFAULT
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -139,63 +164,119 @@ class LoweredLayer:
 
     @property
     def lowering(self) -> str | dict[str, str]:
-        """How the layer computes: a string, or a dict of one per pass."""
+        """How the layer computes: a string, or a dict of one per pass.
+
+        Functions that were compiled before it is set go on with the value of
+        before. `rewrite(model, lowering, in_place=True)` compiles them again.
+
+        Raises:
+            ValueError: on setting, if the value is not known or cannot compute
+                the layer. The layer then keeps the value that it has.
+        """
         return self._lowering.to_config()
 
     @lowering.setter
     def lowering(self, value: LoweringLike) -> None:
-        self._lowering = parse(value)
+        choice, before = parse(value), self._lowering
+        if self.built:
+            _check_lowering(self, _built_spec(self), choice)
+        self._lowering = choice
+        if self.built and choice != before:
+            logging.warning(
+                "Layer '%s' computes with lowering=%r instead of %r from its next call on. "
+                "Functions of its model that are compiled already do not: call "
+                "`model.compile` again, or use `rewrite(model, ..., in_place=True)`",
+                self.name,
+                choice.to_config(),
+                before.to_config(),
+            )
 
     def spec(self, input_shape: tuple) -> ConvSpec:
-        """The layer's convolution as a problem, for inputs of `input_shape`.
+        """The layer's workload for inputs of `input_shape`.
 
         Args:
-            input_shape: four sizes in the layer's `data_format`; batch,
-                height and width may be None.
+            input_shape: four sizes in the layer's `data_format`; batch, height
+                and width may be None.
 
         Raises:
-            ValueError: if the input is too small for the kernel, or the
-                groups do not fit the channels.
+            ValueError: if the shape has no four sizes or no number of channels,
+                the input is too small for the kernel, or the groups do not fit
+                the channels.
         """
         return layer_spec(self, input_shape)
 
     def build(self, input_shape: tuple) -> None:
-        # Keras binds `build` to the object when it makes it. If the class has
-        # been changed to stock since, this is stock's to do.
+        # Keras binds `build` to the object on creation. If the class has become
+        # stock since, stock's own is meant.
         if not isinstance(self, LoweredLayer):
             type(self).build(self, input_shape)
             return
         # Keras's own checks come first; a refusal must leave no variables.
         self.compute_output_shape(input_shape)
-        self._check_lowering(self.spec(tuple(input_shape)))
+        _check_lowering(self, layer_spec(self, input_shape), self._lowering)
         super().build(input_shape)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "lowering": self.lowering}
 
-    def _check_lowering(self, spec: ConvSpec) -> None:
-        reasons = why_not(spec, self._lowering)
-        if reasons:
-            raise ValueError(
-                f"Layer '{self.name}' cannot be computed with lowering={self.lowering!r}: "
-                f"{'; '.join(reasons)}"
-            )
 
-    def _convolve(self, inputs: Any, kernel: Any) -> Any:
-        channels = kernel_channels_axis(self, kernel)
-        inputs = ops.convert_to_tensor(inputs)
-        kernel = ops.convert_to_tensor(kernel)
-        spec = self.spec(tuple(inputs.shape))
-        self._check_lowering(spec)
-        kernel = ops.reshape(kernel, spec.kernel_shape)
-        return convolve_sharded(spec, self._lowering, inputs, kernel, channels)
+def _built_spec(layer: keras.layers.Layer) -> ConvSpec:
+    """The workload of a built layer for inputs of unknown size."""
+    kernel = _kernel_variable(layer)
+    channels = kernel.shape[2]
+    if isinstance(layer, keras.layers.Conv2D):
+        channels *= layer.groups
+    last = layer.data_format == "channels_last"
+    return layer_spec(layer, (None, None, None, channels) if last else (None, channels, None, None))
 
-    def _add_bias_and_activate(self, outputs: Any) -> Any:
-        if self.use_bias:
-            shape = [1, 1, 1, 1]
-            shape[-1 if self.data_format == "channels_last" else 1] = -1
-            outputs = ops.add(outputs, ops.reshape(self.bias, shape))
-        return outputs if self.activation is None else self.activation(outputs)
+
+def _check_lowering(layer: keras.layers.Layer, spec: ConvSpec, choice: LoweringChoice) -> None:
+    reasons = why_not(spec, choice)
+    if reasons:
+        raise ValueError(
+            f"Layer '{layer.name}' cannot be computed with lowering={choice.to_config()!r}: "
+            f"{'; '.join(reasons)}"
+        )
+
+
+def _convolve(layer: keras.layers.Layer, inputs: Any, kernel: Any, stock_op: str) -> Any:
+    """What `keras.ops.<stock_op>` computes for a layer, computed as its lowering says."""
+    choice = vars(layer).get("_lowering", _DEFAULT)
+    channels = kernel_channels_axis(layer, kernel)
+    inputs, kernel = _operands(layer, inputs, kernel, stock_op)
+    spec = layer_spec(layer, tuple(inputs.shape), _dtype_name(kernel))
+    _check_lowering(layer, spec, choice)
+    kernel = ops.reshape(kernel, spec.kernel_shape)
+    return convolve_sharded(spec, choice, inputs, kernel, channels)
+
+
+def _operands(layer: keras.layers.Layer, inputs: Any, kernel: Any, stock_op: str) -> tuple:
+    """Inputs and kernel in the one dtype with which stock Keras computes.
+
+    Raises:
+        TypeError: if stock Keras refuses them.
+    """
+    inputs, kernel = ops.convert_to_tensor(inputs), ops.convert_to_tensor(kernel)
+    inputs, kernel = backends.current().stock_operands(inputs, kernel, stock_op)
+    if inputs.dtype != kernel.dtype:
+        raise TypeError(
+            f"Expected inputs of the kernel's dtype {_dtype_name(kernel)} for layer "
+            f"'{layer.name}', like the stock layer. Received: inputs of dtype "
+            f"{_dtype_name(inputs)}"
+        )
+    return inputs, kernel
+
+
+def _dtype_name(tensor: Any) -> str:
+    return keras.backend.standardize_dtype(tensor.dtype)
+
+
+def _add_bias_and_activate(layer: keras.layers.Layer, outputs: Any) -> Any:
+    if layer.use_bias:
+        shape = [1, 1, 1, 1]
+        shape[-1 if layer.data_format == "channels_last" else 1] = -1
+        outputs = ops.add(outputs, ops.reshape(layer.bias, shape))
+    return outputs if layer.activation is None else layer.activation(outputs)
 
 
 def _signature_with_lowering(stock: type) -> inspect.Signature:
@@ -217,7 +298,8 @@ class DiagonalwiseDepthwiseConv2D(LoweredLayer, keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D` with a choice of how it computes."""
 
     def call(self, inputs: Any) -> Any:
-        return self._add_bias_and_activate(self._convolve(inputs, self.kernel))
+        outputs = _convolve(self, inputs, self.kernel, "depthwise_conv")
+        return _add_bias_and_activate(self, outputs)
 
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
@@ -227,10 +309,12 @@ class DiagonalwiseSeparableConv2D(LoweredLayer, keras.layers.SeparableConv2D):
     """
 
     def call(self, inputs: Any) -> Any:
-        outputs = self._convolve(inputs, self.depthwise_kernel)
-        pointwise = self.spec(tuple(inputs.shape)).pointwise(self.filters)
-        kernel = ops.convert_to_tensor(self.pointwise_kernel)
-        return self._add_bias_and_activate(convolve(pointwise, _NATIVE, outputs, kernel))
+        outputs = _convolve(self, inputs, self.depthwise_kernel, "depthwise_conv")
+        outputs, kernel = _operands(self, outputs, self.pointwise_kernel, "conv")
+        spec = layer_spec(self, tuple(inputs.shape), _dtype_name(kernel))
+        return _add_bias_and_activate(
+            self, convolve(spec.pointwise(self.filters), _NATIVE, outputs, kernel)
+        )
 
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
@@ -240,4 +324,4 @@ class DiagonalwiseConv2D(LoweredLayer, keras.layers.Conv2D):
     """
 
     def convolution_op(self, inputs: Any, kernel: Any) -> Any:
-        return self._convolve(inputs, kernel)
+        return _convolve(self, inputs, kernel, "conv")

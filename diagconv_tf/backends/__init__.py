@@ -6,7 +6,6 @@ this folder is written with `keras.ops` and these functions alone.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -16,13 +15,15 @@ import keras
 from diagconv_tf.spec import ConvSpec
 
 
-class Trilinear(Protocol):
-    """The three passes of one convolution, as one lowering or several do them.
+class Passes(Protocol):
+    """The three passes of one convolution, as one lowering or several compute them.
 
     With inputs x, kernel k and output gradient g, the number
     `sum(g * forward(x, k))` is linear in each of x, k and g, and the three
     passes are its derivatives by g, x and k. So each pass's derivatives are
     the other passes again, of any order.
+
+    Passes are values: equal and hashable by what they compute.
     """
 
     def forward(self, inputs: Any, kernel: Any) -> Any: ...
@@ -69,8 +70,25 @@ class Backend(Protocol):
 
     def kernel_gradient(self, spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any: ...
 
-    def differentiable(self, passes: Trilinear) -> Callable[[Any, Any], Any]:
-        """`passes.forward` with the other two passes as its derivatives."""
+    def differentiable(self, passes: Passes, inputs: Any, kernel: Any) -> Any:
+        """`passes.forward(inputs, kernel)`, with the other two passes as its derivatives."""
+
+    def stock_operands(self, inputs: Any, kernel: Any, stock_op: str) -> tuple[Any, Any]:
+        """`inputs` and `kernel` as Keras's own op hands them to the framework.
+
+        Args:
+            inputs: tensor.
+            kernel: tensor.
+            stock_op: the name of the op in `keras.ops`, `"conv"` or
+                `"depthwise_conv"`.
+
+        Returns:
+            Both, of the dtypes in which the op computes. Where these differ, it
+            refuses.
+        """
+
+    def split(self, tensor: Any, sizes: list[int], axis: int) -> list[Any]:
+        """Parts of `tensor`, of `sizes` along `axis`."""
 
     def interior_pad(self, values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
         """Zeros, `stride` times as many along each of two axes, but for element
@@ -102,17 +120,26 @@ class Backend(Protocol):
         """Where the processes of one training can leave texts for each other."""
 
 
-@functools.cache
+_NAME = keras.backend.backend()
+
+# At once, and not by the first layer that is called: compilers trace a layer's call,
+# and cannot trace an import. Keras has imported the framework already.
+_BACKEND = (
+    importlib.import_module(f"diagconv_tf.backends.{_NAME}")
+    if _NAME in ("tensorflow", "jax", "torch")
+    else None
+)
+
+
 def current() -> Backend:
     """The module for Keras's backend.
 
     Raises:
         RuntimeError: if Keras runs on a backend without one.
     """
-    name = keras.backend.backend()
-    if name not in ("tensorflow", "jax", "torch"):
+    if _BACKEND is None:
         raise RuntimeError(
             "Expected the Keras backend to be 'tensorflow', 'jax' or 'torch'. "
-            f"Received: keras.backend.backend()={name!r}"
+            f"Received: keras.backend.backend()={_NAME!r}"
         )
-    return importlib.import_module(f"diagconv_tf.backends.{name}")  # type: ignore[return-value]
+    return _BACKEND  # type: ignore[return-value]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diagconv_tf import keras_internals
 from diagconv_tf.spec import ConvSpec
+
+if TYPE_CHECKING:
+    from diagconv_tf.backends import Passes
 
 
 def default_device() -> tuple[str, str]:
@@ -58,40 +61,66 @@ def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
     return transpose(output_gradient)[0]
 
 
-def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
-    @jax.custom_vjp
-    def forward_pass(inputs, kernel):
-        return passes.forward(inputs, kernel)
+def differentiable(passes: Passes, inputs: Any, kernel: Any) -> Any:
+    return _forward_pass(inputs, kernel, passes)
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-    def input_gradient_pass(output_gradient, kernel, input_shape):
-        return passes.input_gradient(output_gradient, kernel, input_shape)
 
-    @jax.custom_vjp
-    def kernel_gradient_pass(inputs, output_gradient):
-        return passes.kernel_gradient(inputs, output_gradient)
+# The passes are values and arguments, so that JAX meets the same function on every
+# call and nothing has to keep one.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _forward_pass(inputs: Any, kernel: Any, passes: Passes) -> Any:
+    return passes.forward(inputs, kernel)
 
-    def forward_vjp(residuals, g):
-        inputs, kernel = residuals
-        return input_gradient_pass(g, kernel, inputs.shape), kernel_gradient_pass(inputs, g)
 
-    def input_gradient_vjp(_, residuals, g):
-        output_gradient, kernel = residuals
-        return forward_pass(g, kernel), kernel_gradient_pass(g, output_gradient)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _input_gradient_pass(
+    output_gradient: Any, kernel: Any, passes: Passes, input_shape: tuple
+) -> Any:
+    return passes.input_gradient(output_gradient, kernel, input_shape)
 
-    def kernel_gradient_vjp(residuals, g):
-        inputs, output_gradient = residuals
-        return input_gradient_pass(output_gradient, g, inputs.shape), forward_pass(inputs, g)
 
-    forward_pass.defvjp(lambda *args: (forward_pass(*args), args), forward_vjp)
-    input_gradient_pass.defvjp(
-        lambda g, kernel, shape: (input_gradient_pass(g, kernel, shape), (g, kernel)),
-        input_gradient_vjp,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _kernel_gradient_pass(inputs: Any, output_gradient: Any, passes: Passes) -> Any:
+    return passes.kernel_gradient(inputs, output_gradient)
+
+
+def _forward_vjp(passes: Passes, residuals: tuple, g: Any) -> tuple:
+    inputs, kernel = residuals
+    return (
+        _input_gradient_pass(g, kernel, passes, inputs.shape),
+        _kernel_gradient_pass(inputs, g, passes),
     )
-    kernel_gradient_pass.defvjp(
-        lambda *args: (kernel_gradient_pass(*args), args), kernel_gradient_vjp
+
+
+def _input_gradient_vjp(passes: Passes, _: tuple, residuals: tuple, g: Any) -> tuple:
+    output_gradient, kernel = residuals
+    return _forward_pass(g, kernel, passes), _kernel_gradient_pass(g, output_gradient, passes)
+
+
+def _kernel_gradient_vjp(passes: Passes, residuals: tuple, g: Any) -> tuple:
+    inputs, output_gradient = residuals
+    return (
+        _input_gradient_pass(output_gradient, g, passes, inputs.shape),
+        _forward_pass(inputs, g, passes),
     )
-    return forward_pass
+
+
+def _with_residuals(function: Callable[..., Any]) -> Callable[..., tuple]:
+    return lambda first, second, *rest: (function(first, second, *rest), (first, second))
+
+
+_forward_pass.defvjp(_with_residuals(_forward_pass), _forward_vjp)
+_input_gradient_pass.defvjp(_with_residuals(_input_gradient_pass), _input_gradient_vjp)
+_kernel_gradient_pass.defvjp(_with_residuals(_kernel_gradient_pass), _kernel_gradient_vjp)
+
+
+def stock_operands(inputs: Any, kernel: Any, stock_op: str) -> tuple[Any, Any]:
+    # `keras.ops.conv` casts the inputs; `keras.ops.depthwise_conv` does not.
+    return (inputs.astype(kernel.dtype) if stock_op == "conv" else inputs), kernel
+
+
+def split(tensor: Any, sizes: list[int], axis: int) -> list[Any]:
+    return list(lax.split(tensor, sizes, axis))
 
 
 def interior_pad(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from diagconv_tf import keras_internals
 from diagconv_tf.spec import ConvSpec
+
+if TYPE_CHECKING:
+    from diagconv_tf.backends import Passes
 
 
 def default_device() -> tuple[str, str]:
@@ -60,37 +63,61 @@ def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
     return _transpose(lambda k: forward(spec, inputs, k), kernel, output_gradient)
 
 
-def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
-    forward = _traced_once(passes.forward)
-    input_gradient = _traced_once(passes.input_gradient)
-    kernel_gradient = _traced_once(passes.kernel_gradient)
+def differentiable(passes: Passes, inputs: Any, kernel: Any) -> Any:
+    def forward_and_vjp(inputs: Any, kernel: Any) -> tuple:
+        def vjp(g: Any) -> tuple:
+            return (
+                _input_gradient_pass(passes, g, kernel, _shape(inputs)),
+                _kernel_gradient_pass(passes, inputs, g),
+            )
 
-    @tf.custom_gradient
-    def forward_pass(inputs, kernel):
-        def vjp(g):
-            return input_gradient_pass(g, kernel, _shape(inputs)), kernel_gradient_pass(inputs, g)
+        return _traced_once(passes.forward, inputs, kernel), vjp
 
-        return forward(inputs, kernel), vjp
+    return _with_gradient(forward_and_vjp, inputs, kernel)
 
-    def input_gradient_pass(output_gradient, kernel, input_shape):
-        @tf.custom_gradient
-        def with_shape(output_gradient, kernel):
-            def vjp(g):
-                return forward_pass(g, kernel), kernel_gradient_pass(g, output_gradient)
 
-            return input_gradient(output_gradient, kernel, input_shape), vjp
+def _input_gradient_pass(
+    passes: Passes, output_gradient: Any, kernel: Any, input_shape: tuple
+) -> Any:
+    def gradient_and_vjp(output_gradient: Any, kernel: Any) -> tuple:
+        def vjp(g: Any) -> tuple:
+            return (
+                differentiable(passes, g, kernel),
+                _kernel_gradient_pass(passes, g, output_gradient),
+            )
 
-        return with_shape(output_gradient, kernel)
+        return _traced_once(passes.input_gradient, output_gradient, kernel, input_shape), vjp
 
-    @tf.custom_gradient
-    def kernel_gradient_pass(inputs, output_gradient):
-        def vjp(g):
-            shape = _shape(inputs)
-            return input_gradient_pass(output_gradient, g, shape), forward_pass(inputs, g)
+    return _with_gradient(gradient_and_vjp, output_gradient, kernel)
 
-        return kernel_gradient(inputs, output_gradient), vjp
 
-    return forward_pass
+def _kernel_gradient_pass(passes: Passes, inputs: Any, output_gradient: Any) -> Any:
+    def gradient_and_vjp(inputs: Any, output_gradient: Any) -> tuple:
+        def vjp(g: Any) -> tuple:
+            return (
+                _input_gradient_pass(passes, output_gradient, g, _shape(inputs)),
+                differentiable(passes, inputs, g),
+            )
+
+        return _traced_once(passes.kernel_gradient, inputs, output_gradient), vjp
+
+    return _with_gradient(gradient_and_vjp, inputs, output_gradient)
+
+
+def _with_gradient(function_and_vjp: Callable[..., tuple], *tensors: Any) -> Any:
+    """`tf.custom_gradient` that lives no longer than the graph in which it is called."""
+    result = tf.custom_gradient(function_and_vjp)(*tensors)
+    if not tf.executing_eagerly():
+        keras_internals.forget_gradient_with_graph(result)
+    return result
+
+
+def stock_operands(inputs: Any, kernel: Any, stock_op: str) -> tuple[Any, Any]:
+    return inputs, kernel
+
+
+def split(tensor: Any, sizes: list[int], axis: int) -> list[Any]:
+    return tf.split(tensor, sizes, axis)
 
 
 def interior_pad(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
@@ -109,22 +136,28 @@ def is_compiled_for_cpu() -> bool:
     return in_xla and default_device()[0] == "cpu"
 
 
-def _traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which a graph calls instead of having its operations each time.
+def _traced_once(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`; a graph calls it instead of having its operations each time.
 
     TensorFlow takes a millisecond to trace an operation, and a network has the
-    same convolution many times. What is compiled has them all in place again.
+    same convolution many times. What XLA compiles has all operations in place again.
+
+    Args:
+        function: equal and hashable by what it computes.
+        *arguments: tensors and sizes.
     """
+    graph = tf.compat.v1.get_default_graph()
+    if tf.executing_eagerly() or not graph.building_function:
+        return function(*arguments)
+    # An attribute of the graph, and so no older than it.
+    functions = getattr(graph, "_diagconv_tf_functions", None)
+    if functions is None:
+        functions = graph._diagconv_tf_functions = {}
     # One for each context: inside, `is_compiled_for_cpu` is asked.
-    in_context = {in_xla: tf.function(function, autograph=False) for in_xla in (True, False)}
-
-    def call(*args: Any) -> Any:
-        graph = tf.compat.v1.get_default_graph()
-        if tf.executing_eagerly() or not graph.building_function:
-            return function(*args)
-        return in_context[keras_internals.is_traced_for_xla(graph)](*args)
-
-    return call
+    key = (function, keras_internals.is_traced_for_xla(graph))
+    if key not in functions:
+        functions[key] = tf.function(function, autograph=False)
+    return functions[key](*arguments)
 
 
 def _depthwise_conv2d(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import torch
 from torch.nn import functional, grad
 
 from diagconv_tf.spec import ConvSpec
+
+if TYPE_CHECKING:
+    from diagconv_tf.backends import Passes
 
 
 def default_device() -> tuple[str, str]:
@@ -75,56 +77,100 @@ def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
     return gradient.permute(2, 3, 1, 0)
 
 
-def differentiable(passes: Any) -> Callable[[Any, Any], Any]:
-    class Forward(torch.autograd.Function):
-        @staticmethod
-        def forward(context, inputs, kernel):
-            context.save_for_backward(inputs, kernel)
-            return passes.forward(inputs, kernel)
+def differentiable(passes: Passes, inputs: Any, kernel: Any) -> Any:
+    if torch.jit.is_tracing():
+        # A traced graph can hold no Python function; it is differentiated operation
+        # by operation.
+        return passes.forward(inputs, kernel)
+    return _Forward.apply(inputs, kernel, passes)
 
-        @staticmethod
-        def backward(context, g):
-            inputs, kernel = context.saved_tensors
-            wants_input, wants_kernel = context.needs_input_grad
-            return (
-                InputGradient.apply(g, kernel, tuple(inputs.shape)) if wants_input else None,
-                KernelGradient.apply(inputs, g) if wants_kernel else None,
-            )
 
-    class InputGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(context, output_gradient, kernel, input_shape):
-            context.save_for_backward(output_gradient, kernel)
-            return passes.input_gradient(output_gradient, kernel, input_shape)
+class _Pass(torch.autograd.Function):
+    """One of the three passes as a function that every transform of PyTorch takes.
 
-        @staticmethod
-        def backward(context, g):
-            output_gradient, kernel = context.saved_tensors
-            wants_output, wants_kernel, _ = context.needs_input_grad
-            return (
-                Forward.apply(g, kernel) if wants_output else None,
-                KernelGradient.apply(g, output_gradient) if wants_kernel else None,
-                None,
-            )
+    `torch.func` needs `setup_context` and a rule for `vmap`. Compilers need classes
+    that exist before they trace; so the passes are an argument.
+    """
 
-    class KernelGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(context, inputs, output_gradient):
-            context.save_for_backward(inputs, output_gradient)
-            return passes.kernel_gradient(inputs, output_gradient)
+    generate_vmap_rule = True
 
-        @staticmethod
-        def backward(context, g):
-            inputs, output_gradient = context.saved_tensors
-            wants_input, wants_output = context.needs_input_grad
-            return (
-                InputGradient.apply(output_gradient, g, tuple(inputs.shape))
-                if wants_input
-                else None,
-                Forward.apply(inputs, g) if wants_output else None,
-            )
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple, output: Any) -> None:
+        first, second, context.passes, *_ = inputs
+        context.save_for_backward(first, second)
 
-    return Forward.apply
+
+class _Forward(_Pass):
+    @staticmethod
+    def forward(inputs, kernel, passes):
+        return passes.forward(inputs, kernel)
+
+    @staticmethod
+    def backward(context, g):
+        inputs, kernel = context.saved_tensors
+        passes, wanted = context.passes, context.needs_input_grad
+        return (
+            _InputGradient.apply(g, kernel, passes, tuple(inputs.shape)) if wanted[0] else None,
+            _KernelGradient.apply(inputs, g, passes) if wanted[1] else None,
+            None,
+        )
+
+
+class _InputGradient(_Pass):
+    @staticmethod
+    def forward(output_gradient, kernel, passes, input_shape):
+        return passes.input_gradient(output_gradient, kernel, input_shape)
+
+    @staticmethod
+    def backward(context, g):
+        output_gradient, kernel = context.saved_tensors
+        passes, wanted = context.passes, context.needs_input_grad
+        return (
+            _Forward.apply(g, kernel, passes) if wanted[0] else None,
+            _KernelGradient.apply(g, output_gradient, passes) if wanted[1] else None,
+            None,
+            None,
+        )
+
+
+class _KernelGradient(_Pass):
+    @staticmethod
+    def forward(inputs, output_gradient, passes):
+        return passes.kernel_gradient(inputs, output_gradient)
+
+    @staticmethod
+    def backward(context, g):
+        inputs, output_gradient = context.saved_tensors
+        passes, wanted = context.passes, context.needs_input_grad
+        shape = tuple(inputs.shape)
+        return (
+            _InputGradient.apply(output_gradient, g, passes, shape) if wanted[0] else None,
+            _Forward.apply(inputs, g, passes) if wanted[1] else None,
+            None,
+        )
+
+
+def stock_operands(inputs: Any, kernel: Any, stock_op: str) -> tuple[Any, Any]:
+    """As `backends.Backend` says; inside `torch.autocast`, in its dtype.
+
+    PyTorch casts there for its own convolutions alone. Here the operands of every
+    lowering are cast before, so that all passes have one dtype, also where the
+    backward pass runs outside.
+    """
+    device = inputs.device.type
+    if not torch.is_autocast_enabled(device):
+        return inputs, kernel
+    dtype = torch.get_autocast_dtype(device)
+    # As PyTorch: float64 and integers stay as they are.
+    inputs, kernel = (
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (inputs, kernel)
+    )
+    return inputs, kernel
+
+
+def split(tensor: Any, sizes: list[int], axis: int) -> list[Any]:
+    return list(torch.split(tensor, sizes, axis))
 
 
 def interior_pad(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -127,14 +126,13 @@ def why_not(spec: ConvSpec, lowering: LoweringLike | LoweringChoice) -> list[str
 def convolve(spec: ConvSpec, choice: LoweringChoice, inputs: Any, kernel: Any) -> Any:
     """The convolution of `spec`, computed and differentiated as chosen.
 
-    One lowering for all passes is differentiated by the framework, unless it
-    has gradients of its own; one per pass, and `"shifted"`, go through the
-    backend's custom gradients, where forward-mode differentiation is not to be
-    had.
+    The framework differentiates one lowering for all passes, unless it has
+    gradients of its own. One per pass, and `"shifted"`, go through the
+    backend's custom gradients, which have no forward mode.
 
     Args:
-        spec: the problem; nothing is asked of `why_not` again.
-        choice: what `parse` made of a layer's `lowering`.
+        spec: the workload, which `why_not` does not refuse.
+        choice: what `parse` returns for a layer's `lowering`.
         inputs: tensor of `spec.input_shape`.
         kernel: tensor of `spec.kernel_shape`.
 
@@ -149,12 +147,12 @@ def convolve(spec: ConvSpec, choice: LoweringChoice, inputs: Any, kernel: Any) -
         return _transpose(outputs, spec.data_format)
     if isinstance(choice, UniformChoice) and not choice.lowering.has_own_gradients:
         return choice.lowering.forward(spec, inputs, kernel)
-    return _differentiable(spec, choice)(inputs, kernel)
+    return backend.differentiable(_Passes(spec, choice), inputs, kernel)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Passes:
-    """The three passes of a choice, with the problem filled in."""
+    """The three passes of a choice for one workload; a value, as `backends.Passes`."""
 
     spec: ConvSpec
     choice: LoweringChoice
@@ -169,12 +167,6 @@ class _Passes:
     def kernel_gradient(self, inputs: Any, output_gradient: Any) -> Any:
         lowering = self.choice.for_pass("kernel_gradient")
         return lowering.kernel_gradient(self.spec, inputs, output_gradient)
-
-
-@functools.lru_cache(maxsize=1024)
-def _differentiable(spec: ConvSpec, choice: LoweringChoice) -> Any:
-    # Cached, so that a compiler meets the same function on every call.
-    return backends.current().differentiable(_Passes(spec, choice))
 
 
 def _transpose(tensor: Any, data_format: str) -> Any:

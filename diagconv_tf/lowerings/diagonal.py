@@ -17,6 +17,7 @@ from typing import Any
 
 from keras import ops
 
+from diagconv_tf import backends
 from diagconv_tf.lowerings.base import Lowering
 from diagconv_tf.lowerings.native import Native
 from diagconv_tf.spec import ConvSpec
@@ -154,6 +155,9 @@ class Diagonal(Lowering):
         ]
         return _concatenate(gradients, axis=3)
 
+    def uses_tf32(self, spec: ConvSpec) -> bool:
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class DiagonalGrouped(Lowering):
@@ -199,6 +203,9 @@ class DiagonalGrouped(Lowering):
         gradient = _NATIVE.kernel_gradient(merged(spec, block), inputs, output_gradient)
         return from_diagonal(spec, gradient, block)
 
+    def uses_tf32(self, spec: ConvSpec) -> bool:
+        return True
+
 
 def _split_inputs(blocks: list[ConvSpec], tensor: Any) -> list[Any]:
     return _split(tensor, [block.input_channels for block in blocks], blocks[0].channel_axis)
@@ -209,10 +216,8 @@ def _split_outputs(blocks: list[ConvSpec], tensor: Any, axis: int) -> list[Any]:
 
 
 def _split(tensor: Any, sizes: list[int], axis: int) -> list[Any]:
-    if len(sizes) == 1:
-        return [tensor]
-    ends = [sum(sizes[: index + 1]) for index in range(len(sizes) - 1)]
-    return ops.split(tensor, ends, axis=axis)
+    # Not `keras.ops.split`: it takes positions, which PyTorch cannot trace.
+    return [tensor] if len(sizes) == 1 else backends.current().split(tensor, sizes, axis)
 
 
 def _concatenate(tensors: list[Any], axis: int) -> Any:

@@ -110,6 +110,7 @@ _NODE_KEY = PrivateName("keras.src.ops.function", "make_node_key", _COPYING, _IN
 _NODES_BY_DEPTH = PrivateName("keras.Function()", "_nodes_by_depth", _COPYING, _IN_PLACE)
 _NODES = PrivateName("keras.Function()", "_nodes", _COPYING, _IN_PLACE)
 _VARIABLE_KEY = PrivateName("keras.optimizers.Optimizer", "_var_key", _COPYING, _IN_PLACE)
+_COMPILE_LOSS = PrivateName("keras.src.trainers.compile_utils", "CompileLoss", _COPYING, _IN_PLACE)
 _LAYER_PATH = PrivateName("keras.Layer()", "_path", _COPYING, _IN_PLACE)
 _SUPPORTS_JIT = PrivateName(
     "keras.src.trainers.trainer",
@@ -310,6 +311,11 @@ def set_layer_path(layer: keras.Layer, path: str) -> None:
     """Sets `layer.path`."""
     _LAYER_PATH.of(layer)
     vars(layer)[_LAYER_PATH.name] = path
+
+
+def compile_loss_class() -> type:
+    """The class of the object in which a model keeps the losses that `compile` was given."""
+    return _COMPILE_LOSS.of_module()
 
 
 def supports_jit(model: keras.Model) -> bool:

@@ -1,15 +1,17 @@
-"""A faithful copy of a Keras model; it knows nothing of convolutions.
+"""Copies a Keras model faithfully; knows nothing of convolutions.
 
-`copy_model` copies the objects that a model is made of, attribute by attribute,
-instead of building a second model from configurations. So whatever is in no
-configuration comes along: names and paths that came from global counters, flags,
-attributes set later, layers shared across nesting levels, classes that are not
-registered for serialisation, optimizer slots, metrics. The price is to know the
-few places where Keras keeps what must not be copied as it stands:
+`copy_model` copies the objects that a model is made of, attribute by attribute. It
+does not build a second model from configurations. So the copy also has what no
+configuration has: names and paths that came from global counters, flags, attributes
+set later, layers shared across nesting levels, classes that are not registered for
+serialisation, optimizer slots, metrics.
+
+`Ownership` decides which objects are copied. This module then needs to know the few
+places where Keras keeps what must not be copied as it is:
 
 - nodes of graphs that the model is no part of (`_link_graph`),
 - numbers that are the `id`s of objects (`_translate_ids`),
-- compiled functions and what the last call left behind (`RESET_ATTRIBUTES`, `EMPTIED_ATTRIBUTES`),
+- compiled functions and results of the last call (`RESET_ATTRIBUTES`, `EMPTIED_ATTRIBUTES`),
 - tables that live in the framework's runtime (`_copy_by_config`).
 """
 
@@ -17,12 +19,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
+import operator
 import tempfile
 import types
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+from absl import logging
 
 from diagconv_tf import keras_internals, plain_objects
 from diagconv_tf.keras_internals import (
@@ -33,61 +39,77 @@ from diagconv_tf.keras_internals import (
     HISTORY_ATTRIBUTE,
     RESET_ATTRIBUTES,
 )
-
-#: Objects whose attributes are copied one by one. They have to be named because
-#: Keras's own objects reduce themselves to `.keras` files when they are copied.
-KERAS_TYPES = (
-    keras.Operation,
-    keras.Function,
-    keras.Variable,
-    keras.KerasTensor,
-    keras.metrics.Metric,
-    keras.losses.Loss,
-    keras.optimizers.Optimizer,
-)
+from diagconv_tf.ownership import KERAS_TYPES, Ownership
 
 
 def copy_model(model: keras.Model, *, distributed: bool = True) -> keras.Model:
-    """Copies a model with all of its state; the two share nothing that can change.
+    """Copies a model with all of its state.
 
     The copy has the same class, layers, names, paths, values, flags, attributes,
-    compile configuration, metrics and optimizer state, so training goes on from
-    the same point. Functions, classes, devices and distribution strategies are
-    shared; but a function that refers to the model, or to a part of it, through
-    its closure or default arguments becomes one that refers to the copy. Layers
-    called outside the model, as in a larger model built on its output, are left
-    behind. The variables of the copy are mirrored, or divided among devices, as
-    the model's are, whether its strategy or distribution is current or not.
+    compile configuration, metrics and optimizer state. Training goes on from the same
+    point, and training one model does not change the other.
+
+    Copied is what the model owns: layers, variables, graph, optimizer, metrics (those
+    that were passed to `compile` too), and the attributes of all these, with the
+    lists, dictionaries, arrays and plain objects in them.
+
+    Shared is the code that others handed to the model, with what only that code
+    holds: functions, bound methods, `functools.partial`s, losses, regularizers,
+    schedules and other callable objects, and the variables, lists and caches that
+    they refer to. A `keras.Variable` that a loss reads and a callback changes serves
+    both models. Classes, devices and distribution strategies are shared as well.
+
+    Code that refers to the model or to a part of it, at any depth, is copied so that
+    it refers to the copy. One line of the log (level INFO) names it: a handle that the
+    user keeps on such code, or on a list with parts of the model in it, is one on the
+    original's. A copied `functools.lru_cache` starts empty. A function that reads a
+    part of the model from a global variable goes on reading the original's; a warning
+    names it.
+
+    Layers called outside the model, as in a larger model built on its output, are left
+    behind. The variables of the copy are mirrored or sharded as the model's are,
+    whether or not the model's strategy or distribution is current.
 
     Args:
         model: Keras model: functional, sequential or subclassed, compiled or not.
             It is not changed.
-        distributed: False makes a copy that knows of no strategy or layout, with
-            its variables on one device of this process; of values that are
-            divided among processes it repeats this one's part, which is enough
-            for measuring. No strategy or distribution must be current then.
+        distributed: False makes a copy without strategy and layouts. Its variables,
+            and the distributed ones that its losses read, are on one device of this
+            process. Values that are sharded among processes repeat this process's
+            part, which is enough for measuring. No strategy or distribution must be
+            current then.
 
     Returns:
         The copy. It does not keep `model` alive.
 
     Raises:
-        ValueError: If `model` is no Keras model, or holds something that cannot
-            be copied, such as an open file, a lock or a loaded SavedModel.
+        ValueError: If `model` is no Keras model; if its state has something that cannot
+            be copied, such as an open file, a lock or a loaded SavedModel; or if code
+            that cannot be copied, such as a generator, refers to the model.
     """
     if not isinstance(model, keras.Model):
         raise ValueError(f"Expected a `keras.Model`. Received: model={model!r}")
     # While `fit` runs on JAX, variables lag behind the state of the loop.
     keras_internals.sync_training_state(model)
-    if not distributed:
-        return _Copier(distributed=False).copy_model(model)
-    with _strategy_scope(model):
-        return _Copier().copy_model(model)
+    ownership = Ownership(model, distributed=distributed)
+    with _strategy_scope(model) if distributed else contextlib.nullcontext():
+        duplicate = _Copier(ownership, distributed).copy_model(model)
+    if copied := ownership.describe_copied_code():
+        logging.info("Copied with %s, which they refer to: %s.", model.name, ", ".join(copied))
+    if read := ownership.describe_global_reads():
+        logging.warning(
+            "The copy of %s reads parts of the original from global variables: %s. Assign the "
+            "copy's to them, or use `in_place=True` to change the model itself.",
+            model.name,
+            ", ".join(read),
+        )
+    return duplicate
 
 
 @contextlib.contextmanager
 def _strategy_scope(model: keras.Model) -> Iterator[None]:
     if keras.backend.backend() == "tensorflow":
-        # Variables of a strategy can only be made inside it.
+        # Variables of a strategy can only be created inside its scope.
         with model.distribute_strategy.scope():
             yield
     else:
@@ -95,15 +117,17 @@ def _strategy_scope(model: keras.Model) -> Iterator[None]:
 
 
 class _Copier:
-    """Copies one model: what is met twice is copied once."""
+    """Copies one model. What it meets twice it copies once."""
 
-    def __init__(self, distributed: bool = True) -> None:
+    def __init__(self, ownership: Ownership, distributed: bool) -> None:
+        self.ownership = ownership
         self.distributed = distributed
         self.copies: dict[int, Any] = {}
-        # An `id` is that of an object only as long as the object lives.
+        self.methods: dict[type, Callable[[Any], Any]] = {}
+        # Holds the originals, because an `id` is unique only among living objects.
         self.originals: list[Any] = []
-        # A chain of layers is longer than Python's stack is deep: objects of
-        # Keras are made empty when they are met, and filled in turn.
+        # A chain of layers is longer than Python's stack is deep. So Keras's objects
+        # are created empty where they are met, and filled one after the other.
         self.unfilled: collections.deque[tuple[Any, Any]] = collections.deque()
         self.operations: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[keras.KerasTensor, tuple[Any, int, int]]] = []
@@ -121,27 +145,40 @@ class _Copier:
         return duplicate
 
     def copy(self, original: Any) -> Any:
+        """The counterpart of `original` in the copy, which may be itself."""
         if id(original) in self.copies:
             return self.copies[id(original)]
-        if isinstance(original, KERAS_TYPES):
-            return self._copy_keras_object(original)
-        if keras_internals.is_tensorflow_container(original):
-            return self._copy_tensorflow_container(original)
-        if plain_objects.is_shared(original):
+        if self.ownership.is_shared(original):
             return original
+        method = self.methods.get(type(original))
+        if method is None:
+            method = self.methods[type(original)] = self._find_method(original)
+        return method(original)
+
+    def _find_method(self, original: Any) -> Callable[[Any], Any]:
+        """The method that copies objects of the type of `original`."""
+        exact = {
+            tuple: self._copy_tuple,
+            list: self._copy_list,
+            dict: self._copy_dict,
+            types.FunctionType: self._copy_function,
+            types.CellType: self._copy_cell,
+            types.MethodType: self._copy_method,
+            plain_objects.CACHED_FUNCTION: self._copy_cached_function,
+            weakref.ref: self._copy_weak_reference,
+        }
+        if type(original) in exact:
+            return exact[type(original)]
+        if isinstance(original, KERAS_TYPES):
+            return self._copy_keras_object
+        if keras_internals.is_tensorflow_container(original):
+            return self._copy_tensorflow_container
         if plain_objects.is_array(original):
-            copy_array = plain_objects.copy_array
-            if not self.distributed:
-                copy_array = plain_objects.copy_array_here
-            return self._remember(original, copy_array(original))
-        if isinstance(original, types.FunctionType):
-            return self._copy_function(original)
-        if isinstance(original, types.MethodType):
-            method = types.MethodType(original.__func__, self.copy(original.__self__))
-            return self._remember(original, method)
-        if type(original) is tuple:
-            return self._remember(original, tuple(map(self.copy, original)))
-        return self._copy_by_reduction(original)
+            return self._copy_array
+        return self._copy_by_reduction
+
+    def _must_copy(self, original: Any) -> bool:
+        return id(original) not in self.copies and not self.ownership.is_shared(original)
 
     def _remember(self, original: Any, duplicate: Any) -> Any:
         self.copies[id(original)] = duplicate
@@ -156,7 +193,7 @@ class _Copier:
             duplicate = self._remember(original, object.__new__(type(original)))
         if isinstance(original, (keras.Operation, keras.Function)):
             for name in vars(original).keys() & set(EMPTIED_ATTRIBUTES):
-                # Now, because TensorFlow's list of dependencies has them too.
+                # At once, because TensorFlow's list of dependencies has them too.
                 empty = type(vars(original)[name])([])
                 vars(duplicate)[name] = self._remember(vars(original)[name], empty)
             self.operations.append((original, duplicate))
@@ -171,7 +208,7 @@ class _Copier:
 
     def _fill(self, original: Any, duplicate: Any) -> None:
         attributes = vars(duplicate)
-        # The dependencies last, so that a refusal names the user's own attribute.
+        # Dependencies come last, so that a refusal names the attribute that the user set.
         names = sorted(vars(original), key=lambda name: name in DEPENDENCY_ATTRIBUTES)
         for name in names:
             if name in attributes:
@@ -190,55 +227,113 @@ class _Copier:
                     attributes[name] = self.copy(value)
 
     def _copy_producer(self, tensor: keras.KerasTensor, history: tuple[Any, int, int]) -> None:
-        """Copies the node that a tensor comes from, and so all before it."""
+        """Copies the node that a tensor comes from, and by it the graph before."""
         self.tensors.append((tensor, history))
         operation, index, _ = history
         if operation is not None:
             self.copy(keras_internals.inbound_nodes(operation)[index])
 
+    def _copy_array(self, original: Any) -> Any:
+        copy_array = plain_objects.copy_array if self.distributed else plain_objects.copy_array_here
+        return self._remember(original, copy_array(original))
+
+    def _copy_tuple(self, original: tuple) -> tuple:
+        parts = tuple(map(self.copy, original))
+        if id(original) in self.copies:  # one of its parts refers to it
+            return self.copies[id(original)]
+        unchanged = all(map(operator.is_, parts, original))
+        return self._remember(original, original if unchanged else parts)
+
+    def _copy_list(self, original: list) -> list:
+        duplicate = self._remember(original, [])
+        duplicate.extend(map(self.copy, original))
+        return duplicate
+
+    def _copy_dict(self, original: dict) -> dict:
+        duplicate = self._remember(original, {})
+        for key, value in original.items():
+            duplicate[self.copy(key)] = self.copy(value)
+        self._note_keys(duplicate)
+        return duplicate
+
+    def _note_keys(self, container: set | dict) -> None:
+        if any(type(key) is int for key in container):
+            self.keyed_by_numbers.append(container)
+
+    def _copy_method(self, original: types.MethodType) -> types.MethodType:
+        method = types.MethodType(self.copy(original.__func__), self.copy(original.__self__))
+        return self._remember(original, method)
+
+    def _copy_cached_function(self, original: Any) -> Any:
+        cached = functools.lru_cache(**original.cache_parameters())
+        return self._remember(original, cached(self.copy(original.__wrapped__)))
+
+    def _copy_weak_reference(self, original: weakref.ref) -> weakref.ref:
+        reference = weakref.ref(self.copy(original()), self.copy(original.__callback__))
+        return self._remember(original, reference)
+
+    def _copy_cell(self, original: types.CellType) -> types.CellType:
+        duplicate = self._remember(original, types.CellType())
+        self._fill_cell(original)
+        return duplicate
+
+    def _fill_cell(self, original: types.CellType) -> None:
+        if not plain_objects.is_empty(original):
+            self.copies[id(original)].cell_contents = self.copy(original.cell_contents)
+
     def _copy_function(self, original: types.FunctionType) -> types.FunctionType:
-        cells = tuple(types.CellType() for _ in original.__closure__ or ())
+        closure = original.__closure__ or ()
+        # Empty at first, because a function may refer to itself.
+        cells = [cell for cell in closure if self._must_copy(cell)]
+        for cell in cells:
+            self._remember(cell, types.CellType())
         duplicate = types.FunctionType(
-            original.__code__, original.__globals__, original.__name__, None, cells or None
+            original.__code__,
+            original.__globals__,
+            original.__name__,
+            None,
+            tuple(map(self.copy, closure)) or None,
         )
-        # Before its parts: a function may refer to itself.
         self._remember(original, duplicate)
         for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):
             setattr(duplicate, name, getattr(original, name))
         duplicate.__defaults__ = self.copy(original.__defaults__)
         duplicate.__kwdefaults__ = self.copy(original.__kwdefaults__)
-        vars(duplicate).update(self.copy(vars(original)))
-        for cell, original_cell in zip(cells, original.__closure__ or (), strict=True):
-            if not plain_objects.is_empty(original_cell):
-                cell.cell_contents = self.copy(original_cell.cell_contents)
+        vars(duplicate).update({name: self.copy(part) for name, part in vars(original).items()})
+        for cell in cells:
+            self._fill_cell(cell)
         return duplicate
 
     def _copy_by_reduction(self, original: Any) -> Any:
         """Copies containers and plain objects by the protocol of `pickle`."""
+        if isinstance(original, type):
+            raise TypeError(f"class {original.__qualname__} refers to the model")
         reduction = original.__reduce_ex__(4)
-        if isinstance(reduction, str):  # the name of something global
-            return original
+        if isinstance(reduction, str):
+            if plain_objects.is_importable(original) or not callable(original):
+                return original
+            raise TypeError(f"{type(original).__name__} '{reduction}' refers to the model")
         make, arguments, state, items, pairs, set_state = (*reduction, *[None] * 4)[:6]
         duplicate = self._remember(original, self.copy(make)(*map(self.copy, arguments)))
         if state is not None:
             plain_objects.set_state(duplicate, self.copy(state), self.copy(set_state))
-        # Past the methods of subclasses: Keras's lists track what is appended.
+        # Not by the methods of the subclass: Keras's lists track what is appended.
         container = plain_objects.builtin_base(duplicate)
         for item in items or ():
             container.append(duplicate, self.copy(item))
         for key, value in pairs or ():
             container.__setitem__(duplicate, self.copy(key), self.copy(value))
-        if isinstance(duplicate, (set, dict)) and any(type(key) is int for key in duplicate):
-            self.keyed_by_numbers.append(duplicate)
+        if isinstance(duplicate, (set, dict)):
+            self._note_keys(duplicate)
         return duplicate
 
     def _copy_tensorflow_container(self, original: Any) -> Any:
         keras_internals.check_copyable(original)
-        # Not by giving it its items: it would track them before they are filled.
+        # Created empty: it would track items before they are filled.
         duplicate = self._remember(original, type(original)(()))
         if hasattr(original, "__wrapped__"):
             duplicate.__wrapped__ = self.copy(original.__wrapped__)
-        # The wrapper of tuples shows the attributes of the tuple, which has none.
+        # The wrapper of a tuple has no `__dict__` of its own.
         for name in getattr(original, "__dict__", DEPENDENCY_ATTRIBUTES):
             # The sentinel is a cache, with weak references to other containers.
             own = not name.startswith("__") and name != CONTAINER_CACHE_ATTRIBUTE
@@ -247,10 +342,10 @@ class _Copier:
         return duplicate
 
     def _link_graph(self) -> None:
-        """Gives operations and tensors the nodes that were copied, and no others.
+        """Gives operations and tensors the copied nodes.
 
-        An operation knows every graph that it was called in. Copied are only the
-        nodes that the tensors of the model come from.
+        An operation lists the nodes of every graph that it was called in. The copy
+        has only those that the model's tensors come from.
         """
         for original, duplicate in self.operations:
             for nodes_of in (keras_internals.inbound_nodes, keras_internals.outbound_nodes):
@@ -267,7 +362,7 @@ class _Copier:
             keras_internals.set_node_keys(function, [node for nodes in depths for node in nodes])
 
     def _translate_ids(self) -> None:
-        """Replaces the keys by which Keras finds what it tracks."""
+        """Replaces the `id`s by which Keras finds what it tracks."""
         for container in self.keyed_by_numbers:
             # Keras's own keys are the `id`s of objects.
             plain_objects.replace_keys(
@@ -283,7 +378,7 @@ class _Copier:
 
 
 def _copy_by_config(original: keras.Layer) -> keras.Layer:
-    """Copies a layer with assets, such as a vocabulary, the way Keras saves it."""
+    """Copies a layer with assets, such as a vocabulary, as Keras saves and loads it."""
     with _refusing(original, "assets"), contextlib.ExitStack() as scopes:
         for parent in (original.path or "").split("/")[:-1]:
             scopes.enter_context(keras.name_scope(parent))
@@ -323,9 +418,9 @@ def _refusing(owner: Any, part: str) -> Iterator[None]:
         name = getattr(owner, "path", None) or getattr(owner, "name", "")
         raise _RefusedError(
             f"Expected a model that can be copied. Received: {part} of {type(owner).__name__} "
-            f"'{name}', which cannot: {error}. Use `in_place=True` to change the model itself."
+            f"'{name}', which cannot be: {error}. Use `in_place=True` to change the model itself."
         ) from error
 
 
 class _RefusedError(ValueError):
-    """Already says which object cannot be copied."""
+    """Names the object that cannot be copied."""

@@ -121,6 +121,7 @@ _NODES = PrivateName("keras.Function()", "_nodes", _COPYING, _IN_PLACE)
 
 # State that a copy must not take as it is.
 _VARIABLE_KEY = PrivateName("keras.optimizers.Optimizer", "_var_key", _COPYING, _IN_PLACE)
+_COMPILE_LOSS = PrivateName("keras.src.trainers.compile_utils", "CompileLoss", _COPYING, _IN_PLACE)
 _LAYER_PATH = PrivateName("keras.Layer()", "_path", _COPYING, _IN_PLACE)
 _LOSSES = PrivateName("keras.Layer()", "_losses", _COPYING, _IN_PLACE)
 _LOSS_IDS = PrivateName("keras.Layer()", "_loss_ids", _COPYING, _IN_PLACE)
@@ -437,6 +438,11 @@ def set_layer_path(layer: keras.Layer, path: str) -> None:
     """Sets `layer.path`."""
     _LAYER_PATH.of(layer)
     vars(layer)[_LAYER_PATH.name] = path
+
+
+def compile_loss_class() -> type:
+    """The class of the object in which a model keeps the losses that `compile` was given."""
+    return _COMPILE_LOSS.of_module()
 
 
 def supports_jit(model: keras.Model) -> bool:

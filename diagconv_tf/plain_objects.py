@@ -1,8 +1,11 @@
-"""Objects that are not Keras's, as `copying` meets them: which are shared, which copied."""
+"""Objects that are not Keras's: which are constant, and how the others are copied."""
 
 from __future__ import annotations
 
 import copy
+import enum
+import functools
+import logging
 import re
 import sys
 import types
@@ -14,8 +17,9 @@ import numpy as np
 
 from diagconv_tf import keras_internals
 
-#: What cannot change, and hardware, which cannot be copied.
-SHARED_TYPES = (
+#: Objects that cannot change, that have only their identity, or that stand for
+#: something of the process.
+_CONSTANT_TYPES = (
     type(None),
     type(...),
     bool,
@@ -26,34 +30,36 @@ SHARED_TYPES = (
     bytes,
     range,
     slice,
-    type,
     types.ModuleType,
+    types.CodeType,
+    types.GetSetDescriptorType,
     re.Pattern,
+    enum.Enum,
+    logging.Logger,
     np.dtype,
     np.generic,
     keras.distribution.DeviceMesh,
     keras.distribution.TensorLayout,
 )
 
+#: The type of functions decorated with `functools.lru_cache`.
+CACHED_FUNCTION = type(functools.lru_cache(lambda: None))
 
-def is_shared(value: Any) -> bool:
-    """Whether a copy may hold `value` itself: it cannot change, or is hardware."""
-    if isinstance(value, SHARED_TYPES):
+
+def is_constant(value: Any) -> bool:
+    """Whether `value`, like all of its type, cannot change, or is hardware."""
+    if isinstance(value, _CONSTANT_TYPES) or type(value) is object:
         return True
-    if isinstance(value, types.FunctionType) and not (
-        value.__closure__ or value.__defaults__ or value.__kwdefaults__ or vars(value)
-    ):
-        return True
+    if isinstance(value, keras.DTypePolicy):
+        return not isinstance(value, keras.dtype_policies.DTypePolicyMap)
     tf, jax = sys.modules.get("tensorflow"), sys.modules.get("jax")
-    if tf and isinstance(value, (tf.DType, tf.TensorShape, tf.distribute.Strategy)):
+    if tf and isinstance(value, (tf.DType, tf.TensorShape, tf.Graph, tf.distribute.Strategy)):
         return True
-    if jax and isinstance(value, (jax.Device, jax.sharding.Sharding, jax.sharding.Mesh)):
-        return True
-    return callable(value) and _is_importable(value)
+    return bool(jax and isinstance(value, (jax.Device, jax.sharding.Sharding, jax.sharding.Mesh)))
 
 
-def _is_importable(value: Any) -> bool:
-    """Whether `value` is what its module holds under its name."""
+def is_importable(value: Any) -> bool:
+    """Whether the module of `value` holds it under its name."""
     name = getattr(value, "__qualname__", None)
     found = sys.modules.get(getattr(value, "__module__", None) or "")
     if not isinstance(name, str) or found is None:
@@ -65,7 +71,7 @@ def _is_importable(value: Any) -> bool:
 
 def _array_types() -> Iterator[type]:
     yield np.ndarray
-    # A framework that is not loaded made no arrays, and must not be imported.
+    # A framework that is not loaded has made no arrays, and is not imported for this.
     if tf := sys.modules.get("tensorflow"):
         yield from (tf.Variable, tf.Tensor)
     if jax := sys.modules.get("jax"):
@@ -79,34 +85,48 @@ def is_array(value: Any) -> bool:
     return isinstance(value, tuple(_array_types()))
 
 
+def is_on_several_devices(value: Any) -> bool:
+    """Whether `value` is an array or variable that is mirrored or sharded."""
+    tf, jax = sys.modules.get("tensorflow"), sys.modules.get("jax")
+    if tf and isinstance(value, tf.distribute.DistributedValues):
+        return True
+    return bool(jax and isinstance(value, jax.Array) and len(value.sharding.device_set) > 1)
+
+
 def copy_array(value: Any) -> Any:
-    """A copy of an array; TypeError where it holds references to other objects."""
-    # Arrays of NumPy's objects, and TensorFlow's handles to tables and the like.
+    """Copies an array or variable.
+
+    Raises:
+        TypeError: If it holds references to other objects.
+    """
+    # NumPy's arrays of objects, and TensorFlow's handles of tables and the like.
     if getattr(value.dtype, "name", None) in ("object", "resource", "variant"):
         raise TypeError(f"an array of {value.dtype.name} refers to something else")
-    # On JAX this is no formality: training gives the buffers of its variables
-    # away, and an array that shares them would be deleted.
+    # JAX needs a copy too: training deletes the buffers that it is given.
     return copy.deepcopy(value)
 
 
 def copy_array_here(value: Any) -> Any:
-    """A copy of an array or variable on one device of this process, whatever holds the original.
+    """Copies an array or variable to one device of this process.
 
-    Of an array that is divided among processes only the part of this one is
-    known here: it is repeated.
+    Of an array that is sharded among processes this one knows a part, which is
+    repeated to fill the shape.
+
+    Raises:
+        TypeError: If it holds references to other objects.
     """
-    tf, jax = sys.modules.get("tensorflow"), sys.modules.get("jax")
-    if tf and isinstance(value, tf.distribute.DistributedValues):
+    if not is_on_several_devices(value):
+        return copy_array(value)
+    if hasattr(value, "values"):  # TensorFlow's: one for each replica
         return copy_array(value.values[0])
-    if jax and isinstance(value, jax.Array) and len(value.sharding.device_set) > 1:
-        if value.is_fully_addressable or value.is_fully_replicated:
-            return jax.numpy.array(np.asarray(value))
-        return jax.numpy.array(np.resize(np.asarray(value.addressable_data(0)), value.shape))
-    return copy_array(value)
+    jax = sys.modules["jax"]
+    if value.is_fully_addressable or value.is_fully_replicated:
+        return jax.numpy.array(np.asarray(value))
+    return jax.numpy.array(np.resize(np.asarray(value.addressable_data(0)), value.shape))
 
 
 def is_empty(cell: types.CellType) -> bool:
-    """Whether a closure's cell has no value yet."""
+    """Whether the cell of a closure has no value yet."""
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:
@@ -115,7 +135,7 @@ def is_empty(cell: types.CellType) -> bool:
 
 
 def set_state(target: Any, state: Any, set_state: Callable | None) -> None:
-    """Gives `target` the state of a reduction, by the protocol of `pickle`."""
+    """Sets the state that an object's reduction gave, by the protocol of `pickle`."""
     if set_state is not None:
         set_state(target, state)
     elif hasattr(type(target), "__setstate__"):
@@ -129,7 +149,7 @@ def set_state(target: Any, state: Any, set_state: Callable | None) -> None:
 
 
 def replace_keys(container: set | dict, keys: dict[Any, Any]) -> None:
-    """Replaces, in place and in order, the keys that are among `keys`."""
+    """Replaces in place those keys of `container` that `keys` maps to new ones; keeps the order."""
     if keys.keys().isdisjoint(container):
         return
     if keras_internals.is_tensorflow_container(container):
@@ -140,14 +160,14 @@ def replace_keys(container: set | dict, keys: dict[Any, Any]) -> None:
         entries = {keys.get(key, key): value for key, value in container.items()}
     else:
         entries = {keys.get(key, key) for key in container}
-    # Past the methods of subclasses: Keras's would track the values again.
+    # Not by the methods of the subclass: Keras's would track the values again.
     base = builtin_base(container)
     base.clear(container)
     base.update(container, entries)
 
 
 def builtin_base(container: Any) -> Any:
-    """The class of Python's own that `container` derives from."""
+    """The built-in class, such as `list`, that `container` derives from."""
     return next(
         base for base in type(container).__mro__ if base.__module__ in ("builtins", "collections")
     )

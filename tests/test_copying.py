@@ -1,4 +1,7 @@
-"""A copied model equals its original, goes on like it, and shares nothing with it."""
+"""A copied model equals its original and goes on like it.
+
+It has its own of all that the model owns, and shares what others only lent to it.
+"""
 
 import functools
 import gc
@@ -374,7 +377,7 @@ def test_copy_equals_original(build):
 
 
 @model_cases
-def test_nothing_is_shared(build):
+def test_nothing_of_the_model_is_shared(build):
     model = built(build)
     model.compile("adam", lambda y, y_pred: keras.ops.mean(y_pred), metrics=["mae"])
     model.optimizer.build(model.trainable_variables)
@@ -456,6 +459,397 @@ def test_copy_of_a_copy_and_a_saved_copy(saved, tmp_path):
         copied = keras.models.load_model(tmp_path / "model.keras")
     assert_equal_arrays(copied.get_weights(), model.get_weights())
     assert_equal_arrays(*([m.predict(images(), verbose=0)] for m in (copied, model)))
+
+
+# What a copy has of its own, and what it shares
+
+
+class MeanLoss(keras.losses.Loss):
+    """The mean of the predictions plus that of `value`; the user keeps a handle on `log`."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value, self.log = value, []
+
+    def call(self, y, y_pred):
+        return mean_loss(self.value, y, y_pred)
+
+
+class CallableLoss:
+    def __init__(self, value):
+        self.value, self.log = value, []
+
+    def __call__(self, y, y_pred):
+        return mean_loss(self.value, y, y_pred)
+
+    def method(self, y, y_pred):
+        return mean_loss(self.value, y, y_pred)
+
+
+def mean_loss(value, y, y_pred):
+    return keras.ops.mean(y_pred) + keras.ops.mean(getattr(value, "bias", value))
+
+
+def closure(value):
+    return lambda y, y_pred: mean_loss(value, y, y_pred)
+
+
+def closure_in_closure(value):
+    inner = closure(value)
+    return lambda y, y_pred: inner(y, y_pred)
+
+
+def closure_over_container(value):
+    values = [{"value": (value,)}]
+    return lambda y, y_pred: mean_loss(values[0]["value"][0], y, y_pred)
+
+
+def default_argument(value):
+    def loss(y, y_pred, value=value):
+        return mean_loss(value, y, y_pred)
+
+    return loss
+
+
+def keyword_default(value):
+    def loss(y, y_pred, *, value=value):
+        return mean_loss(value, y, y_pred)
+
+    return loss
+
+
+def function_attribute(value):
+    def loss(y, y_pred):
+        return mean_loss(loss.value, y, y_pred)
+
+    loss.value = value
+    return loss
+
+
+#: How a loss may hold a value; called, it gives the mean of predictions and value.
+LOSSES = {
+    "closure": closure,
+    "closure in a closure": closure_in_closure,
+    "closure over a container": closure_over_container,
+    "default argument": default_argument,
+    "keyword default": keyword_default,
+    "function attribute": function_attribute,
+    "partial": lambda value: functools.partial(mean_loss, value),
+    "partial of a closure": lambda value: functools.partial(closure(value)),
+    "Loss object": MeanLoss,
+    "bound method": lambda value: CallableLoss(value).method,
+    "callable object": CallableLoss,
+    "wrapped function": lambda value: functools.wraps(mean_loss)(closure(value)),
+}
+
+loss_cases = pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
+
+
+Y = np.zeros((1, 2), "float32")
+
+
+@loss_cases
+def test_a_loss_that_does_not_reach_the_model_is_shared(make_loss):
+    beta = keras.Variable(0.0)
+    model = sequential()
+    model.compile("sgd", make_loss(beta))
+    copied = copy_model(model)
+    assert copied.loss is model.loss
+    beta.assign(100.0)
+    assert float(copied.loss(Y, Y)) == 100.0
+
+
+@loss_cases
+def test_a_loss_that_reaches_the_model_is_copied(make_loss):
+    model = sequential()
+    model.compile("sgd", make_loss(model.layers[-1]))
+    copied = copy_model(model)
+    assert copied.loss is not model.loss
+    copied.layers[-1].bias.assign([3.0, 5.0])
+    losses = [keras.ops.convert_to_numpy(m.loss(Y, Y)) for m in (model, copied)]
+    assert losses == [0.0, 4.0]
+
+
+@pytest.mark.parametrize("name", ["closure", "Loss object", "bound method"])
+@pytest.mark.backends("tensorflow")  # JAX compiles the value of a variable that is not the model's
+def test_compiled_steps_follow_a_shared_variable(name):
+    beta = keras.Variable(0.0)
+    model = sequential()
+    model.compile(keras.optimizers.SGD(0.0), LOSSES[name](beta), jit_compile=False)
+    copied = copy_model(model)
+    before = copied.train_on_batch(images(), targets())
+    beta.assign(100.0)
+    for each in (copied, model):
+        assert each.train_on_batch(images(), targets()) == pytest.approx(before + 100.0, abs=1e-3)
+        each.reset_metrics()
+
+
+@pytest.mark.parametrize("kind", [MeanLoss, CallableLoss])
+def test_what_hangs_beside_the_way_to_the_model_is_shared(kind):
+    model = sequential()
+    loss = kind(model.layers[-1])
+    model.compile("sgd", loss)
+    copied = copy_model(model)
+    assert copied.loss is not loss
+    assert copied.loss.value is copied.layers[-1]
+    assert copied.loss.log is loss.log
+
+
+def variables_of_closures(model):
+    """Two functions that share a variable; one of them reaches the model."""
+    dense, calls = model.layers[-1], 0
+
+    def call():
+        nonlocal calls
+        calls += 1
+        return dense
+
+    model.call_it, model.count = call, lambda: calls
+    copied = copy_model(model)
+    assert copied.call_it() is copied.layers[-1]
+    model.call_it()
+    return [m.count() for m in (model, copied)] == [2, 2] and copied.count is model.count
+
+
+def variables_that_hold_the_model(model):
+    current = model.layers[0]
+
+    def advance():
+        nonlocal current
+        current = model.layers[-1]
+
+    model.advance, model.current = advance, lambda: current
+    copied = copy_model(model)
+    copied.advance()
+    assert model.current() is model.layers[0]
+    return copied.current() is copied.layers[-1]
+
+
+def cache_that_reaches_the_model(model):
+    @functools.lru_cache(maxsize=3)
+    def last():
+        return model.layers[-1]
+
+    model.last = last
+    model.last()
+    copied = copy_model(model)
+    assert model.last() is model.layers[-1]
+    assert copied.last.cache_parameters() == {"maxsize": 3, "typed": False}
+    return copied.last() is copied.layers[-1] and copied.last() is copied.last()
+
+
+def cache_that_does_not_reach_the_model(model):
+    model.tables = functools.lru_cache(lambda size: np.zeros(size))
+    table = model.tables(3)
+    return copy_model(model).tables(3) is table
+
+
+def sentinels(model):
+    missing = object()
+    model.value, model.is_missing = missing, lambda value: value is missing
+    return copy_model(model).is_missing(copy_model(model).value)
+
+
+def a_hook_that_fills_the_callers_list(model):
+    layer, features = model.layers[0], []
+    stock_call = layer.call
+
+    def call(x):
+        features.append(stock_call(x))
+        return features[-1]
+
+    layer.call = call
+    copied = copy_model(model)
+    copied.layers[0].bias.assign(layer.bias + 3.0)
+    copied(images())
+    difference = keras.ops.convert_to_numpy(features[0] - stock_call(images()))
+    return np.allclose(difference, 3.0, atol=1e-5)
+
+
+def weak_references(model):
+    model.weak = weakref.ref(model.layers[-1])
+    copied = copy_model(model)
+    return copied.weak() is copied.layers[-1]
+
+
+def data_that_code_and_model_share(model):
+    model.settings = settings = types.SimpleNamespace(weight=1.0)
+    model.compile("sgd", lambda y, y_pred: settings.weight * keras.ops.mean(y_pred))
+    copied = copy_model(model)
+    copied.settings.weight = 5.0
+    assert settings.weight == 1.0
+    return float(copied.loss(None, np.ones(3, "float32"))) == 5.0
+
+
+def a_teacher(model):
+    teacher = sequential()
+    model.compile("sgd", lambda y, y_pred: keras.ops.mean(teacher(y) - y_pred))
+    return copy_model(model).loss is model.loss
+
+
+def a_larger_model(model):
+    """Code that refers to a model in which this one is a part takes all of it along."""
+    head = layers.Dense(1)
+    larger = keras.Sequential([model, head])
+    larger.build((None, 8, 8, 3))
+    model.adversary = lambda: larger
+    copied = copy_model(model)
+    assert copied.adversary().layers[0] is copied
+    assert copied.adversary().layers[1] is not head
+    return copied.adversary()(images()).shape == (4, 1)
+
+
+def locks_and_files_in_code(model):
+    lock, dense = threading.Lock(), model.layers[-1]
+    model.guarded = lambda: (lock, dense)
+    copied = copy_model(model)
+    return copied.guarded() == (lock, copied.layers[-1])
+
+
+def regularizers_and_schedules(model):
+    regularizer, schedule = keras.regularizers.L2(0.1), Decay()
+    model.layers[0].kernel.regularizer = regularizer
+    model.compile(keras.optimizers.SGD(schedule), "mse")
+    copied = copy_model(model)
+    assert copied.layers[0].kernel.regularizer is regularizer
+    return copied.optimizer._learning_rate is schedule
+
+
+def metrics_of_the_user(model):
+    """Their state is the model's, unless only a loss refers to them."""
+    given, held = keras.metrics.MeanSquaredError(), keras.metrics.Sum()
+    model.compile("sgd", lambda y, y_pred: held(y_pred), metrics=[given])
+    copied = copy_model(model)
+    assert copied.loss is model.loss
+    return id(given) in parts(model) and id(given) not in parts(copied)
+
+
+def attributes_of_layers(model):
+    """Data that is set on a layer or on the model is state."""
+    model.layers[0].cache, model.history_of_mine = {"a": np.zeros(2)}, [1]
+    copied = copy_model(model)
+    copied.layers[0].cache["a"] += 1
+    copied.history_of_mine.append(2)
+    return list(model.history_of_mine) == [1] and not model.layers[0].cache["a"].any()
+
+
+OWNED_OR_SHARED = [
+    variables_of_closures,
+    variables_that_hold_the_model,
+    cache_that_reaches_the_model,
+    cache_that_does_not_reach_the_model,
+    sentinels,
+    a_hook_that_fills_the_callers_list,
+    weak_references,
+    data_that_code_and_model_share,
+    a_teacher,
+    a_larger_model,
+    locks_and_files_in_code,
+    regularizers_and_schedules,
+    metrics_of_the_user,
+    attributes_of_layers,
+]
+
+
+@pytest.mark.parametrize("holds", OWNED_OR_SHARED, ids=lambda holds: holds.__name__)
+def test_what_is_owned_and_what_is_shared(holds):
+    assert holds(built(sequential))
+
+
+class Knot:
+    """A piece of code that refers to other pieces."""
+
+    def __init__(self):
+        self.parts = []
+
+    def __call__(self):
+        return self.parts
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("seed", range(20))
+def test_exactly_the_code_that_reaches_the_model_is_copied(seed):
+    """Random references among pieces of code, with cycles; what reaches is counted anew."""
+    rng = np.random.default_rng(seed)
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    knots = [Knot() for _ in range(12)]
+    references = rng.random((12, 12)) < 0.12
+    refers_to_model = rng.random(12) < 0.1
+    for knot, row, refers in zip(knots, references, refers_to_model, strict=True):
+        knot.parts += [knots[i] for i in np.flatnonzero(row)]
+        knot.parts += [model.layers[-1]] * int(refers)
+    reaching = refers_to_model
+    for _ in knots:
+        reaching = reaching | (references @ reaching)
+
+    model.entries = list(knots)
+    copied = copy_model(model)
+    counterpart = dict(zip(knots, copied.entries, strict=True))
+    counterpart[model.layers[-1]] = copied.layers[-1]
+    assert [counterpart[knot] is not knot for knot in knots] == reaching.tolist()
+    for knot in knots:
+        assert counterpart[knot].parts == [counterpart[part] for part in knot.parts]
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_distributed_variable_that_a_loss_reads(distributed):
+    import tensorflow as tf
+
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        beta = keras.Variable(1.0)
+        model = sequential()
+        model.compile("sgd", closure(beta), run_eagerly=True)
+    copied = copy_model(model, distributed=distributed)
+    read = copied.loss.__closure__[0].cell_contents
+    assert (read is beta) == distributed
+    assert keras.ops.convert_to_numpy(read) == 1.0
+    assert isinstance(read.value, tf.distribute.DistributedValues) == distributed
+
+
+@pytest.mark.backends("tensorflow")
+def test_copied_code_is_named_in_the_log(caplog):
+    model = sequential()
+    pieces, results = [model.layers[-1]], []
+
+    def reaches():
+        return pieces, results
+
+    model.functions = [reaches, lambda: results]
+    model.compile("sgd", MeanLoss(model.layers[-1]))
+    with caplog.at_level("INFO"):
+        copy_model(model)
+    (line,) = [record.getMessage() for record in caplog.records]
+    for word in ("stack", "reaches", "list `pieces`", "MeanLoss object"):
+        assert word in line
+    for word in ("results", "lambda", "build", "\n"):
+        assert word not in line
+
+
+@pytest.mark.backends("tensorflow")
+def test_nothing_is_logged_where_nothing_is_worth_it(caplog):
+    model = built(small_graph)
+    model.compile("adam", closure(keras.Variable(1.0)), metrics=["mae"])
+    with caplog.at_level("INFO"):
+        copy_model(model)
+    assert not caplog.records
+
+
+def reads_a_global(y, y_pred):
+    return keras.ops.mean(global_layer.bias)  # noqa: F821 - the test sets it
+
+
+@pytest.mark.backends("tensorflow")
+def test_a_function_that_reads_the_model_from_a_global_is_named(caplog, monkeypatch):
+    model = sequential()
+    monkeypatch.setitem(globals(), "global_layer", model.layers[-1])
+    model.compile("sgd", reads_a_global)
+    copied = copy_model(model)
+    assert copied.loss is reads_a_global
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for word in ("`global_layer`", "reads_a_global", "in_place=True"):
+        assert word in record.getMessage()
 
 
 # Compile state
@@ -665,15 +1059,21 @@ class HasAssets(layers.Layer):
     load_assets = save_assets
 
 
-def with_loss_that_holds_a_lock():
-    lock = threading.Lock()
-
-    def loss(y, y_pred):
-        with lock:
-            return keras.ops.mean(y_pred)
-
+def with_generator_over_the_model():
     model = sequential()
-    model.compile("sgd", loss)
+    names = (layer.name for layer in model.layers)
+    model.compile("sgd", lambda y, y_pred: (next(names), keras.ops.mean(y_pred))[1])
+    return model
+
+
+def with_class_that_closes_over_the_model():
+    model = sequential()
+
+    class Regularizer:
+        def __call__(self, x):
+            return keras.ops.sum(model.layers[0].kernel)
+
+    model.layers[-1].kernel.regularizer = Regularizer()
     return model
 
 
@@ -687,7 +1087,8 @@ REFUSALS = {
     "lock": (functools.partial(with_attribute, threading.Lock), ["`extra`", "Dense", "'head'"]),
     "generator": (functools.partial(with_attribute, lambda: (i for i in "abc")), ["generator"]),
     "file": (functools.partial(with_attribute, lambda: open(__file__)), ["`extra`"]),  # noqa: SIM115
-    "closure": (with_loss_that_holds_a_lock, ["loss", "'stack'", "lock"]),
+    "closure": (with_generator_over_the_model, ["loss", "'stack'", "generator"]),
+    "class": (with_class_that_closes_over_the_model, ["regularizer", "class", "Regularizer"]),
     "objects": (
         functools.partial(with_attribute, lambda: np.array([[], {}], object)),
         ["array of object"],

@@ -10,7 +10,8 @@ from typing import Any
 
 import keras
 
-from diagconv_tf.class_swap import LayerState, instance_attribute, lock, swapped
+from diagconv_tf import class_swap
+from diagconv_tf.class_swap import LayerState, instance_attribute, swapped
 from diagconv_tf.layers import LoweredLayer
 from diagconv_tf.lowerings import parse
 from diagconv_tf.model_tree import walk_layers
@@ -78,7 +79,7 @@ def counted_depthwise_calls(
         A list that grows by a layer's path with each depthwise convolution.
     """
     calls: list[str] = []
-    with lock, contextlib.ExitStack() as hooks:
+    with class_swap.lock, contextlib.ExitStack() as hooks:
         for placed in walk_layers(model):
             if _runs_depthwise(placed.layer, rules):
                 counted = _counted(placed.layer.call, placed.path, calls)

@@ -37,8 +37,21 @@ Selection = str | Sequence[str] | Callable[[ConvolutionRow], bool]
 
 
 #: Attributes that `rewrite` sets on a model whose lowerings hold under some conditions.
-_CONDITIONS = "_diagconv_conditions"
+_VALIDITY = "_diagconv_validity"
 _MAKE_TRAIN_FUNCTION = "make_train_function"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Validity:
+    """Under which conditions a model's lowerings were chosen.
+
+    Attributes:
+        conditions: these conditions.
+        reported: differences from them that a warning has named already.
+    """
+
+    conditions: Conditions
+    reported: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,20 +119,24 @@ def rewrite(
         inspection = (inspect_model if by_size else inspect_as_built)(model, rules=rules)
         selected = _select(inspection, include, exclude)
         rows = [row for row in inspection.rows if row.path in selected]
-        conditions = None
+        validity = None
         if plan:
-            conditions = plan.conditions
             decisions = [_decide(row, plan.lowering_for) for row in rows]
-            _check_plan(plan, model, decisions)
+            validity = _Validity(plan.conditions, _check_plan(plan, model, decisions))
         elif choice == AUTO:
-            conditions = _training_conditions(model)
+            compiled = _is_compiled(model)
+            if compiled is None:
+                compiled = keras_internals.resolve_jit_compile(model)
+            conditions = _conditions(model, compiled)
             decisions = [_decide_auto(row, conditions) for row in rows]
+            validity = _Validity(conditions)
         else:
             decisions = [_decide(row, lambda _: choice) for row in rows]
         level, summary = _summary(model, inspection, decisions)
         target = _apply(model, decisions, rules, in_place)
-        if conditions is not None or len(rows) == len(inspection.rows):
-            _watch_conditions(target, conditions if rows else None)
+        # Of a part of the model a lowering says nothing about the other layers.
+        if validity is not None or len(rows) == len(inspection.rows):
+            _watch(target, validity if rows else None)
     logging.log(level, "%s", summary)
     return target
 
@@ -158,7 +175,7 @@ def restore(
                     "Received: none; pass `rules=` as for `rewrite`"
                 )
         target = _apply(model, decisions, rules, in_place)
-        _watch_conditions(target, None)
+        _watch(target, None)
         return target
 
 
@@ -198,27 +215,28 @@ def _apply(
     """Carries out `decisions` in the model or in a copy, completely or not at all."""
     target = model if in_place else copy_model(model)
     layers = {place.path: place.layer for place in walk_layers(target)}
-    states = [
-        LayerState.by_rule(layer, find_rule(layer, rules), decision.lowering)
-        for decision in decisions
-        if decision.lowering is not None
-        for layer in [layers[decision.row.path]]
-    ]
+    states = []
+    for decision in decisions:
+        if decision.lowering is not None:
+            layer = layers[decision.row.path]
+            states.append(LayerState.by_rule(layer, find_rule(layer, rules), decision.lowering))
     class_swap.swap(target, states)
     return target
 
 
-def _training_conditions(model: keras.Model) -> Conditions:
-    """The conditions under which `fit` will train a model, compiled or not yet."""
-    if getattr(model, "compiled", False):
-        compiled = bool(model.jit_compile) and not model.run_eagerly
-    else:
-        compiled = keras_internals.resolve_jit_compile(model)
+def _is_compiled(model: keras.Model) -> bool | None:
+    """Whether a compiler compiles the training step; None before `model.compile`."""
+    if not getattr(model, "compiled", False):
+        return None
+    return bool(model.jit_compile) and not model.run_eagerly
+
+
+def _conditions(model: keras.Model, compiled: bool | None) -> Conditions:
     return Conditions.current(compiled, replicas_of(model).num_replicas)
 
 
-def _watch_conditions(model: keras.Model, conditions: Conditions | None) -> None:
-    """Lets a model compare the conditions of training with `conditions`; None ends that.
+def _watch(model: keras.Model, validity: _Validity | None) -> None:
+    """Lets a model warn when it is trained under other conditions; None ends that.
 
     Keras calls the public `make_train_function` whenever training starts. A bound
     method of that name in the model's own attributes runs first, needs no private
@@ -227,18 +245,19 @@ def _watch_conditions(model: keras.Model, conditions: Conditions | None) -> None
     attributes = vars(model)
     make = attributes.get(_MAKE_TRAIN_FUNCTION)
     watched = getattr(make, "__func__", None) is _make_train_function
-    if conditions is not None and (watched or make is None):
-        attributes[_CONDITIONS] = conditions
+    if validity is not None and (watched or make is None):
+        attributes[_VALIDITY] = validity
         attributes[_MAKE_TRAIN_FUNCTION] = types.MethodType(_make_train_function, model)
     elif watched:
-        del attributes[_CONDITIONS], attributes[_MAKE_TRAIN_FUNCTION]
+        del attributes[_VALIDITY], attributes[_MAKE_TRAIN_FUNCTION]
 
 
 def _make_train_function(model: keras.Model, force: bool = False) -> None:
     # Neither a later epoch or step, nor one that `recompile` forces, starts a training.
     if model.train_function is None and not force:
-        differences = vars(model)[_CONDITIONS].differences(_training_conditions(model))
-        if differences:
+        validity = vars(model)[_VALIDITY]
+        differences = validity.conditions.differences(_conditions(model, _is_compiled(model)))
+        if not set(differences) <= set(validity.reported):
             logging.warning(
                 "%s: training starts under other conditions than its lowerings were chosen for: "
                 "%s. Rewrite it again, after `compile`.",
@@ -293,19 +312,21 @@ def _matches(path: str, pattern: str) -> bool:
     return any(head == pattern or fnmatch.fnmatchcase(head, pattern) for head in heads)
 
 
-def _check_plan(plan: Plan, model: keras.Model, decisions: Sequence[Decision]) -> None:
+def _check_plan(plan: Plan, model: keras.Model, decisions: Sequence[Decision]) -> tuple[str, ...]:
+    """Warns of conditions that differ from the plan's, and returns what does.
+
+    Raises:
+        ValueError: if the plan fits no layer.
+    """
     if decisions and all(decision.lowering is None for decision in decisions):
         raise ValueError(
             f"Expected a plan for the model '{model.name}'. Received: a plan that fits none of its "
             f"{len(decisions)} convolutions with groups"
         )
-    here = _training_conditions(model)
-    if not getattr(model, "compiled", False):
-        # What `compile` will say is not known; training is watched.
-        here = dataclasses.replace(here, compiled=None)
-    differences = plan.conditions.differences(here)
+    differences = plan.conditions.differences(_conditions(model, _is_compiled(model)))
     if differences:
         logging.warning("The plan was made under other conditions: %s.", "; ".join(differences))
+    return tuple(differences)
 
 
 def _summary(

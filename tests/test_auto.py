@@ -13,7 +13,17 @@ import pytest
 from hypothesis import strategies as st
 from keras import layers
 
-from diagconv_tf import Choice, Conditions, ConvSpec, Plan, choose, restore, rewrite, why_not
+from diagconv_tf import (
+    Choice,
+    Conditions,
+    ConvSpec,
+    Plan,
+    choose,
+    class_swap,
+    restore,
+    rewrite,
+    why_not,
+)
 from diagconv_tf.auto import parse_or_auto
 from diagconv_tf.model_tree import walk_layers
 from tests.numerics import BACKEND
@@ -354,4 +364,26 @@ def test_what_says_nothing_of_conditions_warns_of_none(caplog):
     for jit_compile in (True, False):
         unknown.compile("sgd", "mse", jit_compile=jit_compile)
         unknown.make_train_function()
+    assert warnings_of(caplog) == []
+
+
+@one_backend
+def test_what_the_rewriting_has_warned_of_is_not_said_again(caplog):
+    model = network()
+    model.compile("sgd", "mse")
+    rewrite(model, plan_for(True), in_place=True)
+    assert "made under other conditions: compiled True → False" in caplog.text
+    caplog.clear()
+    for jit_compile in (False, True):
+        model.compile("sgd", "mse", jit_compile=jit_compile)
+        model.make_train_function()
+    assert warnings_of(caplog) == []
+
+
+@one_backend
+def test_measuring_a_rewritten_model_is_no_training(caplog):
+    model = rewrite(network(), plan_for(True), in_place=True)
+    model.compile("sgd", "mse")
+    class_swap.recompile(model, "train")
+    assert model.train_function is not None
     assert warnings_of(caplog) == []

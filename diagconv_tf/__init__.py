@@ -4,6 +4,7 @@ Without changing what they compute: the layers here are Keras's own, with a
 choice of the exact way, the *lowering*, in which their convolutions run.
 """
 
+from diagconv_tf.auto import Choice, choose
 from diagconv_tf.environment import Conditions
 from diagconv_tf.exporting import ExportError, ExportReport, export
 from diagconv_tf.inspection import Inspection, inspect_model
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_RULES",
+    "Choice",
     "Conditions",
     "ConvSpec",
     "DiagonalwiseConv2D",
@@ -36,6 +38,7 @@ __all__ = [
     "Plan",
     "Rule",
     "StepTimer",
+    "choose",
     "export",
     "inspect_model",
     "load_weights",

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import keras
 from absl import logging
 
-from diagconv_tf.class_swap import STEP_KINDS, become, recompile
+from diagconv_tf import class_swap, keras_internals
+from diagconv_tf.auto import AUTO, Choice, choose, parse_or_auto
+from diagconv_tf.class_swap import LayerState
 from diagconv_tf.copying import copy_model
 from diagconv_tf.distribution import batch_axis, replicas_of
 from diagconv_tf.environment import Conditions
 from diagconv_tf.inspection import ConvolutionRow, Inspection, inspect_as_built, inspect_model
 from diagconv_tf.layers import kernel_channels_axis
 from diagconv_tf.lowerings import (
-    DEFAULT_LOWERING,
     LoweringChoice,
     LoweringLike,
     parse,
@@ -33,15 +36,33 @@ from diagconv_tf.spec import STOCK
 Selection = str | Sequence[str] | Callable[[ConvolutionRow], bool]
 
 
+#: Attributes that `rewrite` sets on a model whose lowerings hold under some conditions.
+_VALIDITY = "_diagconv_validity"
+_MAKE_TRAIN_FUNCTION = "make_train_function"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Validity:
+    """Under which conditions a model's lowerings were chosen.
+
+    Attributes:
+        conditions: these conditions.
+        reported: differences from them that a warning has named already.
+    """
+
+    conditions: Conditions
+    reported: tuple[str, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """What becomes of one convolution.
 
     Attributes:
         row: the layer.
-        lowering: what it will be computed with; None leaves the layer as it
-            is, and `"stock"` makes it Keras's own.
-        reasons: why it is left as it is.
+        lowering: what it will compute with; None leaves the layer as it is, and
+            `"stock"` makes it Keras's own.
+        reasons: why it is left as it is; of a choice of `"auto"`, its reason.
     """
 
     row: ConvolutionRow
@@ -51,7 +72,7 @@ class Decision:
 
 def rewrite(
     model: keras.Model,
-    lowering: LoweringLike | Plan = DEFAULT_LOWERING,
+    lowering: LoweringLike | Plan = AUTO,
     *,
     rules: Sequence[Rule] = DEFAULT_RULES,
     include: Selection | None = None,
@@ -64,17 +85,22 @@ def rewrite(
     model computes does too, up to rounding. Layers that cannot be rewritten
     stay as they are, and one log message lists them with the reasons.
 
+    The choices of `"auto"` and of a plan hold under the conditions that they were
+    made for: compile the model first. When the training of the returned model
+    starts under other conditions, one warning says which.
+
     Args:
         model: a built Keras model.
-        lowering: as a layer's `lowering`, or a `Plan`.
+        lowering: as a layer's `lowering`; a `Plan`; or `"auto"`: for each layer
+            what `choose` knows to be fastest, and stock where it knows nothing.
         rules: which layer classes become which.
         include: layer paths, globs (`*` matches `/` too) or a function of a
             `ConvolutionRow`; None means all. A path that names a container
             means all that is in it.
         exclude: the same, for layers to leave as they are.
-        in_place: change `model` itself, without a second set of weights,
-            whatever its kind. Otherwise a faithful copy is
-            made.
+        in_place: True changes `model` itself, without a second set of weights,
+            whatever its kind; when it fails, or is interrupted, `model` is as it
+            was before. False makes a faithful copy.
 
     Returns:
         `model` with `in_place=True`, else the copy.
@@ -86,20 +112,32 @@ def rewrite(
     """
     check_built(model)
     plan = lowering if isinstance(lowering, Plan) else None
-    choice = None if plan else parse(lowering)
-    # Only what chooses by sizes needs to know them.
-    by_size = plan or callable(include) or callable(exclude)
-    inspection = (inspect_model if by_size else inspect_as_built)(model, rules=rules)
-    selected = _select(inspection, include, exclude)
-    decisions = [
-        _decide(row, plan.lowering_for if plan else lambda _: choice)
-        for row in inspection.rows
-        if row.path in selected
-    ]
-    if plan:
-        _check_plan(plan, model, decisions)
-    target = _apply(model, decisions, rules, in_place)
-    _log_summary(model, inspection, decisions)
+    choice = None if plan else parse_or_auto(lowering)
+    with class_swap.lock:
+        # Only what chooses by the sizes of images needs to know them.
+        by_size = plan or callable(include) or callable(exclude)
+        inspection = (inspect_model if by_size else inspect_as_built)(model, rules=rules)
+        selected = _select(inspection, include, exclude)
+        rows = [row for row in inspection.rows if row.path in selected]
+        validity = None
+        if plan:
+            decisions = [_decide(row, plan.lowering_for) for row in rows]
+            validity = _Validity(plan.conditions, _check_plan(plan, model, decisions))
+        elif choice == AUTO:
+            compiled = _is_compiled(model)
+            if compiled is None:
+                compiled = keras_internals.resolve_jit_compile(model)
+            conditions = _conditions(model, compiled)
+            decisions = [_decide_auto(row, conditions) for row in rows]
+            validity = _Validity(conditions)
+        else:
+            decisions = [_decide(row, lambda _: choice) for row in rows]
+        level, summary = _summary(model, inspection, decisions)
+        target = _apply(model, decisions, rules, in_place)
+        # Of a part of the model a lowering says nothing about the other layers.
+        if validity is not None or len(rows) == len(inspection.rows):
+            _watch(target, validity if rows else None)
+    logging.log(level, "%s", summary)
     return target
 
 
@@ -114,7 +152,8 @@ def restore(
     Args:
         model: a built Keras model.
         rules: those that `rewrite` was given.
-        in_place: change `model` itself; otherwise a faithful copy is made.
+        in_place: True changes `model` itself, completely or not at all; False
+            makes a faithful copy.
 
     Returns:
         `model` with `in_place=True`, else the copy.
@@ -125,21 +164,24 @@ def restore(
             model can be made.
     """
     check_built(model)
-    decisions = []
-    for row in inspect_as_built(model, rules).rows:
-        if row.lowering == STOCK and find_rule(row.layer, rules) is None:
-            continue
-        if find_rule(row.layer, rules) is None:
-            raise ValueError(
-                f"Expected a rule for the class {row.class_name} of layer '{row.path}'. Received: "
-                "none; pass `rules=` as for `rewrite`"
-            )
-        decisions.append(Decision(row, STOCK))
-    return _apply(model, decisions, rules, in_place)
+    with class_swap.lock:
+        decisions = []
+        for row in inspect_as_built(model, rules).rows:
+            if find_rule(row.layer, rules) is not None:
+                decisions.append(Decision(row, STOCK))
+            elif row.lowering != STOCK:
+                raise ValueError(
+                    f"Expected a rule for the class {row.class_name} of layer '{row.path}'. "
+                    "Received: none; pass `rules=` as for `rewrite`"
+                )
+        target = _apply(model, decisions, rules, in_place)
+        _watch(target, None)
+        return target
 
 
 def _decide(
-    row: ConvolutionRow, wanted: Callable[[ConvolutionRow], LoweringLike | None]
+    row: ConvolutionRow,
+    wanted: Callable[[ConvolutionRow], LoweringLike | LoweringChoice | None],
 ) -> Decision:
     if row.reasons:
         return Decision(row, None, row.reasons)
@@ -156,26 +198,73 @@ def _decide(
     return Decision(row, None, tuple(reasons)) if reasons else Decision(row, choice)
 
 
+def _decide_auto(row: ConvolutionRow, conditions: Conditions) -> Decision:
+    chosen = Choice(STOCK, "a layer whose input is not known was not measured", "unknown")
+    if row.main_spec is not None:
+        is_conv = isinstance(row.layer, keras.layers.Conv2D)
+        chosen = choose(row.main_spec, conditions, "conv" if is_conv else "depthwise_conv")
+    decision = _decide(row, lambda _: chosen.lowering)
+    if decision.lowering is None:
+        return decision
+    return dataclasses.replace(decision, reasons=(f"{chosen.basis}: {chosen.reason}",))
+
+
 def _apply(
     model: keras.Model, decisions: Sequence[Decision], rules: Sequence[Rule], in_place: bool
 ) -> keras.Model:
+    """Carries out `decisions` in the model or in a copy, completely or not at all."""
     target = model if in_place else copy_model(model)
     layers = {place.path: place.layer for place in walk_layers(target)}
+    states = []
     for decision in decisions:
         if decision.lowering is not None:
             layer = layers[decision.row.path]
-            become(layer, find_rule(layer, rules), decision.lowering)
-    _renew_compiled_functions(target)
+            states.append(LayerState.by_rule(layer, find_rule(layer, rules), decision.lowering))
+    class_swap.swap(target, states)
     return target
 
 
-def _renew_compiled_functions(model: keras.Model) -> None:
-    """Lets Keras compile again what it has compiled with the old layers."""
-    models = [place.layer for place in walk_layers(model)]
-    for candidate in (model, *models):
-        for kind in STEP_KINDS:
-            if getattr(candidate, f"{kind}_function", None) is not None:
-                recompile(candidate, kind)
+def _is_compiled(model: keras.Model) -> bool | None:
+    """Whether a compiler compiles the training step; None before `model.compile`."""
+    if not getattr(model, "compiled", False):
+        return None
+    return bool(model.jit_compile) and not model.run_eagerly
+
+
+def _conditions(model: keras.Model, compiled: bool | None) -> Conditions:
+    return Conditions.current(compiled, replicas_of(model).num_replicas)
+
+
+def _watch(model: keras.Model, validity: _Validity | None) -> None:
+    """Lets a model warn when it is trained under other conditions; None ends that.
+
+    Keras calls the public `make_train_function` whenever training starts. A bound
+    method of that name in the model's own attributes runs first, needs no private
+    hook, and goes over to copies of the model.
+    """
+    attributes = vars(model)
+    make = attributes.get(_MAKE_TRAIN_FUNCTION)
+    watched = getattr(make, "__func__", None) is _make_train_function
+    if validity is not None and (watched or make is None):
+        attributes[_VALIDITY] = validity
+        attributes[_MAKE_TRAIN_FUNCTION] = types.MethodType(_make_train_function, model)
+    elif watched:
+        del attributes[_VALIDITY], attributes[_MAKE_TRAIN_FUNCTION]
+
+
+def _make_train_function(model: keras.Model, force: bool = False) -> None:
+    # Neither a later epoch or step, nor one that `recompile` forces, starts a training.
+    if model.train_function is None and not force:
+        validity = vars(model)[_VALIDITY]
+        differences = validity.conditions.differences(_conditions(model, _is_compiled(model)))
+        if not set(differences) <= set(validity.reported):
+            logging.warning(
+                "%s: training starts under other conditions than its lowerings were chosen for: "
+                "%s. Rewrite it again, after `compile`.",
+                model.name,
+                "; ".join(differences),
+            )
+    return type(model).make_train_function(model, force=force)
 
 
 def _select(
@@ -223,62 +312,82 @@ def _matches(path: str, pattern: str) -> bool:
     return any(head == pattern or fnmatch.fnmatchcase(head, pattern) for head in heads)
 
 
-def _check_plan(plan: Plan, model: keras.Model, decisions: Sequence[Decision]) -> None:
+def _check_plan(plan: Plan, model: keras.Model, decisions: Sequence[Decision]) -> tuple[str, ...]:
+    """Warns of conditions that differ from the plan's, and returns what does.
+
+    Raises:
+        ValueError: if the plan fits no layer.
+    """
     if decisions and all(decision.lowering is None for decision in decisions):
         raise ValueError(
             f"Expected a plan for the model '{model.name}'. Received: a plan that fits none of its "
             f"{len(decisions)} convolutions with groups"
         )
-    compiled = model.jit_compile if getattr(model, "compiled", False) else None
-    replicas = replicas_of(model).num_replicas
-    differences = plan.conditions.differences(Conditions.current(compiled, replicas))
+    differences = plan.conditions.differences(_conditions(model, _is_compiled(model)))
     if differences:
         logging.warning("The plan was made under other conditions: %s.", "; ".join(differences))
+    return tuple(differences)
 
 
-def _log_summary(model: keras.Model, inspection: Inspection, decisions: Sequence[Decision]) -> None:
-    changed = sum(decision.lowering is not None for decision in decisions)
-    left: dict[str, list[str]] = {}
-    for decision in decisions:
-        if decision.lowering is None:
-            left.setdefault("; ".join(decision.reasons), []).append(decision.row.path)
-    lines = [
-        f"{model.name}: {changed} of {len(inspection.rows)} convolutions with groups rewritten."
+def _summary(
+    model: keras.Model, inspection: Inspection, decisions: Sequence[Decision]
+) -> tuple[int, str]:
+    """What is logged of a rewriting: the level, and one line."""
+    count = len(inspection.rows)
+    lowered = [d for d in decisions if d.lowering not in (None, STOCK)]
+    stock = [d for d in decisions if d.lowering == STOCK]
+    sentences = [f"{model.name}: {len(lowered)} of {count} convolutions with groups rewritten."]
+    if len(decisions) < count:
+        sentences.append(f"{count - len(decisions)} were not selected.")
+    sentences += [
+        f"{len(paths)} compute with {lowering} ({reason})."
+        for (lowering, reason), paths in _grouped(
+            ((str(d.lowering), reason), d) for d in lowered for reason in d.reasons
+        ).items()
     ]
-    if len(decisions) < len(inspection.rows):
-        lines.append(f"{len(inspection.rows) - len(decisions)} were not selected.")
-    lines += [f"Left as they are ({reason}): {', '.join(paths)}." for reason, paths in left.items()]
-    lost = [
-        decision.row.path
-        for decision in decisions
-        if decision.lowering not in (None, STOCK) and not decision.row.survives_saving
+    sentences += [
+        f"{len(paths)} are left to Keras" + (f" ({reason})." if reason else ".")
+        for reason, paths in _grouped(("; ".join(d.reasons), d) for d in stock).items()
     ]
+    left = _grouped(("; ".join(d.reasons), d) for d in decisions if d.lowering is None)
+    sentences += [
+        f"Left as they are ({reason}): {', '.join(paths)}." for reason, paths in left.items()
+    ]
+    lost = [d.row.path for d in lowered if not d.row.survives_saving]
     if lost:
-        lines.append(
+        sentences.append(
             "Saved files cannot hold the new class of layers that a composite layer or a model "
             f"makes itself ({', '.join(lost)}): save `restore(model)`, and rewrite the loaded "
             "model with `Plan.of_model(model)`."
         )
-    gathering = _gathering(decisions)
-    lines += [
-        f"Gather the channels of their inputs, which are divided among devices ({reason}): "
+    gathering = _gathering(lowered)
+    sentences += [
+        f"Gather the channels of their inputs, which are sharded among devices ({reason}): "
         f"{', '.join(paths)}."
         for reason, paths in gathering.items()
     ]
-    level = logging.WARNING if left or lost or gathering or not changed else logging.INFO
-    logging.log(level, " ".join(lines))
+    # A plan that says "stock" gives no reasons, and does what was asked for.
+    planned = any(not d.reasons for d in stock)
+    is_news = left or lost or gathering or not (lowered or planned)
+    return (logging.WARNING if is_news else logging.INFO), " ".join(sentences)
+
+
+def _grouped(pairs: Iterable[tuple[Any, Decision]]) -> dict[Any, list[str]]:
+    """Key → paths of the layers that have it."""
+    groups: dict[Any, list[str]] = {}
+    for key, decision in pairs:
+        groups.setdefault(key, []).append(decision.row.path)
+    return groups
 
 
 def _gathering(decisions: Sequence[Decision]) -> dict[str, list[str]]:
-    """Reason → paths of layers whose kernel's layout divides channels, but whose lowering cannot.
+    """Reason → paths of layers whose kernel's layout shards channels, but whose lowering cannot.
 
-    Weights that are divided along the axis of the batch are only stored so.
+    Weights that are sharded along the axis of the batch are only stored so.
     """
     batch = batch_axis()
     found: dict[str, list[str]] = {}
     for decision in decisions:
-        if decision.lowering in (None, STOCK):
-            continue
         axis = kernel_channels_axis(decision.row.layer)
         if axis is None or axis == batch:
             continue

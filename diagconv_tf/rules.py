@@ -11,6 +11,7 @@ from diagconv_tf.layers import (
     DiagonalwiseConv2D,
     DiagonalwiseDepthwiseConv2D,
     DiagonalwiseSeparableConv2D,
+    LoweredLayer,
 )
 
 
@@ -31,8 +32,8 @@ class Rule:
     Attributes:
         source: the class that is replaced; its subclasses are not.
         replacement: a subclass of `source`.
-        why_not: every reason why a layer of class `source` must stay; an
-            empty list means it need not.
+        why_not: returns every reason why a layer of class `source` must stay
+            as it is; an empty list means that it can be replaced.
 
     Raises:
         ValueError: if `replacement` is not a subclass of `source`.
@@ -72,3 +73,27 @@ def find_rule(layer: keras.layers.Layer, rules: Sequence[Rule]) -> Rule | None:
         if type(layer) in (rule.source, rule.replacement):
             return rule
     return None
+
+
+def stock_class(
+    layer_class: type[keras.layers.Layer], rules: Sequence[Rule] = DEFAULT_RULES
+) -> type[keras.layers.Layer]:
+    """The class that a layer would have without this package.
+
+    Args:
+        layer_class: any class of layers.
+        rules: those that the layer's model was rewritten with.
+
+    Returns:
+        The source of the rule that makes `layer_class`. Without a rule, the first
+        base class that has nothing of ours: of `MyFast(MyDepthwise,
+        DiagonalwiseDepthwiseConv2D)`, `MyDepthwise`.
+    """
+    for rule in rules:
+        if layer_class is rule.replacement:
+            return rule.source
+    return next(
+        base
+        for base in layer_class.__mro__
+        if issubclass(base, keras.layers.Layer) and not issubclass(base, LoweredLayer)
+    )

@@ -28,6 +28,7 @@ import numpy as np
 from absl import logging
 
 from diagconv_tf import keras_internals
+from diagconv_tf.class_swap import set_class
 from diagconv_tf.model_tree import walk_layers
 
 _Pairs = list[tuple[keras.Variable, keras.Variable]]
@@ -101,7 +102,7 @@ def stop_averaging(model: keras.Model) -> None:
         for average in vars(layer).pop("_averages"):
             keras_internals.untrack_variable(layer, average)
         del vars(layer)["_average_momentum"]
-        object.__setattr__(layer, "__class__", keras.layers.BatchNormalization)
+        set_class(layer, keras.layers.BatchNormalization)
     if keras.backend.backend() == "torch":
         # Models have parameters of their own for the variables of their layers.
         keras_internals.track_torch_variables(model)
@@ -155,7 +156,7 @@ def _begin(layer: keras.layers.Layer, momentum: float) -> None:
     # Past the bookkeeping of attributes: the layer has them in its lists, and
     # what no attribute names leaves no trace when it is taken out of these.
     vars(layer).update(_averages=averages, _average_momentum=momentum)
-    object.__setattr__(layer, "__class__", AveragingBatchNormalization)
+    set_class(layer, AveragingBatchNormalization)
 
 
 def _averaging_layers(model: keras.Model) -> list[AveragingBatchNormalization]:

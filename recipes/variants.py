@@ -1,4 +1,4 @@
-"""What `--lowering` and `--compare` name: stock, a lowering, `tune`, or a plan's file."""
+"""What `--lowering` and `--compare` name: stock, a lowering, `auto`, `tune`, or a plan's file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import keras
 from absl import logging
 
 from diagconv_tf import Plan, rewrite, tune
-from diagconv_tf.lowerings import LoweringLike, parse
+from diagconv_tf.auto import parse_or_auto
+from diagconv_tf.lowerings import LoweringLike
 from recipes.config import Config
 
 STOCK = "stock"
@@ -24,7 +25,7 @@ class Variant:
 
     Attributes:
         name: as it was given.
-        lowering: `"stock"`, `"tune"`, a lowering or a plan.
+        lowering: `"stock"`, `"auto"`, `"tune"`, a lowering or a plan.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Variant:
                     "not exist"
                 ) from error
         lowering = _from_json(name) if name.startswith("{") else name
-        parse(lowering)
+        parse_or_auto(lowering)
         return cls(name, lowering)
 
     @property
@@ -60,8 +61,7 @@ class Variant:
         """Makes `model`, which is stock and compiled, compute in this way.
 
         Returns:
-            The plan that was followed; None where one lowering, or none, is
-            for all layers.
+            The plan that was followed; None where there was none.
         """
         if self.name == STOCK:
             return None

@@ -122,7 +122,7 @@ def test_a_model_without_a_faithful_copy_names_the_way_out():
     with pytest.raises(ValueError, match="in_place=True"):
         rewrite(model)
     assert ours(model) == []
-    assert len(ours(rewrite(model, in_place=True))) == 4
+    assert len(ours(rewrite(model, "shifted", in_place=True))) == 4
 
 
 def test_a_copy_of_a_rewritten_composite_keeps_its_lowerings():
@@ -192,7 +192,10 @@ def test_a_models_own_step_stays_and_is_the_one_that_runs():
     vars(model)["train_step"] = own_step
     model.fit(inputs, targets, verbose=0)
     before = set(vars(model))
-    for function in (lambda: rewrite(model, in_place=True), lambda: restore(model, in_place=True)):
+    for function in (
+        lambda: rewrite(model, "shifted", in_place=True),
+        lambda: restore(model, in_place=True),
+    ):
         calls.clear()
         function()
         model.fit(inputs, targets, verbose=0)
@@ -200,7 +203,7 @@ def test_a_models_own_step_stays_and_is_the_one_that_runs():
         assert set(vars(model)) == before
         assert model.train_step is own_step
     del vars(model)["train_step"]
-    assert not {"train_step", "test_step", "predict_step"} & set(vars(rewrite(model)))
+    assert not {"train_step", "test_step", "predict_step"} & set(vars(rewrite(model, "shifted")))
 
 
 # Selection ---------------------------------------------------------------
@@ -231,13 +234,13 @@ SELECTIONS = {
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_selection(name):
     arguments, expected = SELECTIONS[name]
-    model = rewrite(model_zoo.composite(), in_place=True, **arguments)
+    model = rewrite(model_zoo.composite(), "shifted", in_place=True, **arguments)
     assert paths_of_ours(model) == expected
 
 
 def test_any_path_of_a_shared_layer_selects_it():
     model = model_zoo.nested_and_shared()
-    rewrite(model, include="shared", in_place=True)
+    rewrite(model, "shifted", include="shared", in_place=True)
     assert [layer.name for layer in ours(model)] == ["shared"]
 
 
@@ -271,7 +274,7 @@ def test_a_users_subclass_is_rewritten_by_a_users_rule_only():
     model = with_own_depthwise()
     inputs = model_zoo.random_inputs(model)
     before = outputs(model, inputs)
-    assert [layer.name for layer in ours(rewrite(model))] == ["stock"]
+    assert [layer.name for layer in ours(rewrite(model, "shifted"))] == ["stock"]
     rewrite(model, "shifted", rules=OWN_RULES, in_place=True)
     assert {type(layer) for layer in ours(model)} == {DiagonalwiseDepthwiseConv2D, FastOwnDepthwise}
     assert_all_close(outputs(model, inputs), before)
@@ -437,7 +440,7 @@ def test_open_sizes_take_a_plans_choice_if_there_is_one():
 @pytest.mark.parametrize("name", ["sequential", "nested and shared", "composite", "subclassed"])
 def test_weight_files_go_to_and_from_the_stock_model(name, tmp_path):
     build, _ = model_zoo.MODELS[name]
-    stock, rewritten = build(), rewrite(build(), in_place=True)
+    stock, rewritten = build(), rewrite(build(), "shifted", in_place=True)
     save_weights(rewritten, tmp_path / "ours.weights.h5")
     stock.load_weights(tmp_path / "ours.weights.h5")
     assert all(map(np.array_equal, stock.get_weights(), rewritten.get_weights()))
@@ -449,7 +452,7 @@ def test_weight_files_go_to_and_from_the_stock_model(name, tmp_path):
 
 
 def test_weight_files_are_not_overwritten_unasked_nor_left_half_written(tmp_path, monkeypatch):
-    model = rewrite(model_zoo.skip_connections(), in_place=True)
+    model = rewrite(model_zoo.skip_connections(), "shifted", in_place=True)
     path = tmp_path / "a.weights.h5"
     save_weights(model, path)
     content = path.read_bytes()

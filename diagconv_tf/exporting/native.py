@@ -3,73 +3,120 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 
-from diagconv_tf.class_swap import become, instance_attribute, kept_classes
-from diagconv_tf.layers import DiagonalwiseConv2D, LoweredLayer
+from diagconv_tf import class_swap
+from diagconv_tf.class_swap import LayerState, instance_attribute, swapped
+from diagconv_tf.layers import LoweredLayer
+from diagconv_tf.lowerings import parse
 from diagconv_tf.model_tree import walk_layers
-from diagconv_tf.rules import DEFAULT_RULES, find_rule
-from diagconv_tf.spec import STOCK
+from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
+
+_NATIVE = parse("native")
 
 
 @contextlib.contextmanager
-def native_convolutions(model: keras.Model) -> Iterator[None]:
+def native_convolutions(
+    model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES
+) -> Iterator[None]:
     """Inside, the model computes with the framework's own convolutions.
 
-    The model itself is changed and changed back, not a copy: that needs no
-    memory and works for every model. Afterwards each layer has the class and
-    lowering that it had, so that functions compiled before remain right. No
-    other thread may use the model meanwhile.
+    The model itself is changed and restored, not a copy: that needs no memory and
+    works for every model. Functions that were compiled before remain right, and
+    other threads may call the model meanwhile.
 
     `Conv2D` layers with one input channel per group run TensorFlow's depthwise
     op, which stock Keras does not use for them.
+
+    Args:
+        model: a built Keras model.
+        rules: those that `rewrite` was given. A subclass of ours that no rule
+            names keeps its class, since it may have code of its own, and gets the
+            lowering `"native"`.
     """
-    layers = [place.layer for place in walk_layers(model)]
-    with kept_classes(layers):
-        for layer in layers:
-            rule = find_rule(layer, DEFAULT_RULES)
-            if keras.backend.backend() == "tensorflow" and _is_depthwise_conv2d(layer):
-                become(layer, rule, "native")
-            elif rule is not None and type(layer) is rule.replacement:
-                become(layer, rule, STOCK)
-            elif isinstance(layer, LoweredLayer):
-                # A subclass of ours, with code of its own.
-                layer.lowering = "native"
+    with swapped(
+        [place.layer for place in walk_layers(model)], lambda state: _native_state(state, rules)
+    ):
         yield
 
 
-@contextlib.contextmanager
-def counted_depthwise_calls(model: keras.Model) -> Iterator[list[str]]:
-    """Inside, the list grows by a layer's name for every depthwise convolution.
+def _native_state(state: LayerState, rules: Sequence[Rule]) -> LayerState:
+    rule = find_rule(state.layer, rules)
+    if (
+        rule is not None
+        and keras.backend.backend() == "tensorflow"
+        and _is_depthwise_conv2d(state.layer)
+        and issubclass(rule.replacement, LoweredLayer)
+    ):
+        return LayerState.by_rule(state.layer, rule, _NATIVE)
+    if rule is not None and state.layer_class is rule.replacement:
+        # The lowering stays, for calls that have begun in other threads.
+        return dataclasses.replace(state, layer_class=rule.source)
+    if isinstance(state.layer, LoweredLayer):
+        return dataclasses.replace(state, lowering=_NATIVE)
+    return state
 
-    Layers alone would not tell: a shared one runs more than once, an unused
+
+@contextlib.contextmanager
+def counted_depthwise_calls(
+    model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES
+) -> Iterator[list[str]]:
+    """Counts the depthwise convolutions that this thread runs inside.
+
+    The layers alone would not tell: a shared one runs more than once, an unused
     one never.
+
+    Args:
+        model: a built Keras model.
+        rules: those that `rewrite` was given.
+
+    Yields:
+        A list that grows by a layer's path with each depthwise convolution.
     """
     calls: list[str] = []
-    with contextlib.ExitStack() as hooks:
+    with class_swap.lock, contextlib.ExitStack() as hooks:
         for placed in walk_layers(model):
-            layer = placed.layer
-            if find_rule(layer, DEFAULT_RULES) is not None and (
-                not isinstance(layer, keras.layers.Conv2D) or _is_depthwise_conv2d(layer)
-            ):
-                counted = _counted(layer.call, placed.path, calls)
-                hooks.enter_context(instance_attribute(layer, "call", counted))
+            if _runs_depthwise(placed.layer, rules):
+                counted = _counted(placed.layer.call, placed.path, calls)
+                hooks.enter_context(instance_attribute(placed.layer, "call", counted))
         yield calls
 
 
-def _counted(call, name: str, calls: list[str]):
-    def counted_call(*args, **kwargs):
-        calls.append(name)
+def _counted(call: Callable, path: str, calls: list[str]) -> Callable:
+    thread = threading.get_ident()
+
+    def counted_call(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            calls.append(path)
         return call(*args, **kwargs)
 
     return counted_call
 
 
+def _runs_depthwise(layer: keras.layers.Layer, rules: Sequence[Rule]) -> bool:
+    """Whether each call of a layer is known to run one depthwise convolution."""
+    if find_rule(layer, rules) is None and not _has_our_call(type(layer)):
+        return False
+    depthwise = (keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D)
+    return isinstance(layer, depthwise) or _is_depthwise_conv2d(layer)
+
+
+def _has_our_call(layer_class: type[keras.layers.Layer]) -> bool:
+    """Whether a class is ours or a subclass that does not replace our `call`."""
+    if not issubclass(layer_class, LoweredLayer):
+        return False
+    own = (c for c in layer_class.__mro__ if issubclass(c, LoweredLayer) and "call" in vars(c))
+    return all(c.__module__ == LoweredLayer.__module__ for c in own)
+
+
 def _is_depthwise_conv2d(layer: keras.layers.Layer) -> bool:
     return (
-        type(layer) in (keras.layers.Conv2D, DiagonalwiseConv2D)
+        isinstance(layer, keras.layers.Conv2D)
         and layer.groups > 1
         and layer.built
         and layer.kernel.shape[-2] == 1

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import keras
 
 from diagconv_tf.class_swap import become, instance_attribute, kept_classes
 from diagconv_tf.layers import DiagonalwiseConv2D, LoweredLayer
 from diagconv_tf.model_tree import walk_layers
-from diagconv_tf.rules import DEFAULT_RULES, find_rule
+from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
 from diagconv_tf.spec import STOCK
 
 
 @contextlib.contextmanager
-def native_convolutions(model: keras.Model) -> Iterator[None]:
+def native_convolutions(
+    model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES
+) -> Iterator[None]:
     """Inside, the model computes with the framework's own convolutions.
 
     The model itself is changed and changed back, not a copy: that needs no
@@ -29,7 +31,7 @@ def native_convolutions(model: keras.Model) -> Iterator[None]:
     layers = [place.layer for place in walk_layers(model)]
     with kept_classes(layers):
         for layer in layers:
-            rule = find_rule(layer, DEFAULT_RULES)
+            rule = find_rule(layer, rules)
             if keras.backend.backend() == "tensorflow" and _is_depthwise_conv2d(layer):
                 become(layer, rule, "native")
             elif rule is not None and type(layer) is rule.replacement:
@@ -41,7 +43,9 @@ def native_convolutions(model: keras.Model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def counted_depthwise_calls(model: keras.Model) -> Iterator[list[str]]:
+def counted_depthwise_calls(
+    model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES
+) -> Iterator[list[str]]:
     """Inside, the list grows by a layer's name for every depthwise convolution.
 
     Layers alone would not tell: a shared one runs more than once, an unused
@@ -51,7 +55,7 @@ def counted_depthwise_calls(model: keras.Model) -> Iterator[list[str]]:
     with contextlib.ExitStack() as hooks:
         for placed in walk_layers(model):
             layer = placed.layer
-            if find_rule(layer, DEFAULT_RULES) is not None and (
+            if find_rule(layer, rules) is not None and (
                 not isinstance(layer, keras.layers.Conv2D) or _is_depthwise_conv2d(layer)
             ):
                 counted = _counted(layer.call, placed.path, calls)

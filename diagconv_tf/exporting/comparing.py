@@ -167,7 +167,9 @@ class Reference:
 
 
 def _coarsest_dtype(model: keras.Model, outputs: Sequence[Leaf]) -> str:
-    dtypes = {placed.layer.compute_dtype for placed in walk_layers(model)}
+    layers = [placed.layer for placed in walk_layers(model)]
+    # Inputs compute nothing, and have Keras's default dtype.
+    dtypes = {x.compute_dtype for x in layers if not isinstance(x, keras.layers.InputLayer)}
     # JAX computes in float32 where a layer says float64, unless told otherwise.
     dtypes |= {str(leaf.value.dtype) for leaf in outputs}
     return max(dtypes & TOLERANCES.keys(), key=lambda dtype: TOLERANCES[dtype], default="float32")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -40,13 +40,13 @@ class Onnx(Format):
 
     def count_depthwise(self, path: str) -> int | None:
         import onnx
+        from onnx import inliner, shape_inference
 
         model = onnx.load(path)
         if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
+            model = inliner.inline_local_functions(model)
         # With data propagation, kernels that the graph computes have a shape too.
-        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-        return sum(map(_count_depthwise, _graphs(model.graph)))
+        return _count_depthwise(shape_inference.infer_shapes(model, data_prop=True).graph, {})
 
     def load(self, path: str) -> tuple[Runner, str]:
         import onnx
@@ -77,29 +77,27 @@ class Onnx(Format):
         return run, runtime
 
 
-def _graphs(graph: Any) -> Iterator[Any]:
-    """A graph and the bodies of its loops and branches, at any depth."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                if body.node:
-                    yield from _graphs(body)
+def _count_depthwise(graph: Any, outer_shapes: Mapping[str, list[int]]) -> int:
+    """How many `Conv` have more than one group, and as many as input channels.
 
-
-def _count_depthwise(graph: Any) -> int:
-    """How many `Conv` have more than one group, and as many as input channels."""
-    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    Args:
+        graph: counted with the bodies of its loops and branches, each once.
+        outer_shapes: of the tensors around it; 0 is a size that is not known.
+    """
+    shapes = {**outer_shapes, **{tensor.name: list(tensor.dims) for tensor in graph.initializer}}
     for value in (*graph.input, *graph.value_info):
         shapes[value.name] = [size.dim_value for size in value.type.tensor_type.shape.dim]
     count = 0
     for node in graph.node:
-        if node.op_type == "Conv":
-            groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type == "Conv" and "group" in attributes:
+            groups = attributes["group"].i
             # Inputs are (examples, channels, …), kernels (outputs, channels per group, …).
-            channels = shapes.get(node.input[0], [0, 0])[1:2]
-            per_group = shapes.get(node.input[1], [0, 0])[1:2]
+            channels, per_group = (shapes.get(name, [])[1:2] for name in node.input[:2])
             count += groups > 1 and (per_group == [1] or channels == [groups])
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                count += _count_depthwise(body, shapes)
     return count
 
 

@@ -220,10 +220,13 @@ def _matched(
             f"Expected {len(expected)} outputs. Received: {len(outputs)} from the exported file"
         )
     of_path = {each.leaf.path: each for each in expected}
-    matched = [
-        of_path[leaf.path]
-        for leaf in match([name for name, _ in outputs], [each.leaf for each in expected])
-    ]
+    matched = match(
+        [name for name, _ in outputs],
+        [each.leaf for each in expected],
+        # So PyTorch's exporters flatten what a model returns; inputs, Keras flattens.
+        by_insertion=keras.backend.backend() == "torch",
+    )
+    matched = [of_path[leaf.path] for leaf in matched]
     arrays = [np.asarray(array) for _, array in outputs]
     wanted = [each.sizes.shape for each in matched]
     received = [array.shape for array in arrays]

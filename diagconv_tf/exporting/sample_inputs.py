@@ -52,7 +52,7 @@ def sample_inputs(
     if sample is None:
         one, several = _synthetic(model, declared, run)
     else:
-        one, several = _given(_ordered(model, sample, declared))
+        one, several = _given(_ordered(sample, declared))
     return _named(one, declared), _named(several, declared)
 
 
@@ -70,15 +70,10 @@ def _given(sample: Any) -> tuple[Any, Any]:
     return keras.tree.map_structure(lambda a: a[:1], sample), sample
 
 
-def _ordered(model: keras.Model, sample: Any, declared: Any) -> Any:
+def _ordered(sample: Any, declared: Any) -> Any:
     """`sample` in the structure that the model declares: Keras takes others, files do not."""
     if declared is None:
-        # Keras knows the first call, whose order of keys goes into PyTorch's files.
-        built = (model.get_build_config() or {}).get("input_shape")
-        same_keys = (
-            isinstance(built, dict) and isinstance(sample, dict) and built.keys() == sample.keys()
-        )
-        return {key: sample[key] for key in built} if same_keys else sample
+        return sample
     wanted, given = leaves(declared), leaves(sample)
     by_path = {leaf.path: leaf.value for leaf in given}
     # As in Keras, a dict may hold more than the model takes.

@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import keras
-
 from diagconv_tf.exporting.report import ExportError
 
 #: Keys of dicts and indices of lists, from the outside in.
@@ -51,27 +49,26 @@ def leaves(structure: Any) -> list[Leaf]:
     return [Leaf(path, names.get(path), value) for path, value in _walk(structure, ())]
 
 
-def match(names: Sequence[str], candidates: Sequence[Leaf]) -> list[Leaf]:
+def match(
+    names: Sequence[str], candidates: Sequence[Leaf], *, by_insertion: bool = False
+) -> list[Leaf]:
     """For each tensor of a file, the tensor of the model.
-
-    Where the names are not the model's, the order counts: PyTorch writes the items of
-    a dict in the order of insertion, TensorFlow and JAX in the order of their keys.
 
     Args:
         names: what the file calls its tensors, in its order.
         candidates: the model's, from `leaves`.
+        by_insertion: where the names are not the model's, the order counts. It is
+            that of insertion into a dict, or else that of the dict's keys.
 
     Raises:
-        ExportError: if the names tell nothing, and the numbers of tensors differ.
+        ExportError: if the names are not the model's, and the numbers of tensors differ.
     """
     by_name = {leaf.name: leaf for leaf in candidates}
     if set(names) <= by_name.keys() and len(by_name) == len(candidates):
         return [by_name[name] for name in names]
     if len(names) != len(candidates):
         raise ExportError(f"Expected {len(candidates)} tensors. Received: {', '.join(names)}")
-    if keras.backend.backend() == "torch":
-        return list(candidates)
-    return sorted(candidates, key=lambda leaf: leaf.path)
+    return list(candidates) if by_insertion else sorted(candidates, key=lambda leaf: leaf.path)
 
 
 def _walk(structure: Any, path: Path) -> Iterator[tuple[Path, Any]]:

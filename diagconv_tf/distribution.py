@@ -1,7 +1,7 @@
-"""Among how many devices and processes a model is trained, as Keras has it set up.
+"""How many devices and processes train a model, as Keras is set up.
 
-TensorFlow's strategies belong to a model, which keeps the one that it was made
-under. Keras's own distributions (JAX) hold for the whole process.
+A TensorFlow strategy belongs to a model: that in whose scope the model was made. A
+`keras.distribution` (JAX) belongs to the process.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _Result = TypeVar("_Result")
 
 @dataclasses.dataclass(frozen=True)
 class Replicas:
-    """Among whom the images of a batch are shared, and which process this is.
+    """The replicas that share a batch, and which process this is.
 
     Attributes:
-        num_replicas: parts into which a batch is divided, each computed by a copy
-            of the model of its own; 1 where nothing is shared.
+        num_replicas: shards of a batch, each computed by a replica of the model; 1
+            where batches are not sharded.
         num_processes: processes that train together.
-        process_index: the number of this one, from 0.
+        process_index: the number of this process, from 0.
     """
 
     num_replicas: int = 1
@@ -39,10 +39,10 @@ class Replicas:
         """The images of one replica.
 
         Args:
-            batch_size: images in the batch of all replicas together.
+            batch_size: the global one, of all replicas together.
 
         Raises:
-            ValueError: if the replicas do not divide it.
+            ValueError: if it is no multiple of `num_replicas`.
         """
         if batch_size % self.num_replicas:
             near = batch_size - batch_size % self.num_replicas
@@ -55,16 +55,16 @@ class Replicas:
 
 
 def replicas_of(model: keras.Model | None = None) -> Replicas:
-    """Among whom a batch will be shared in training.
+    """The replicas that will share a batch in training.
 
     Args:
-        model: a model, which may keep a strategy of TensorFlow; None asks for
-            the strategy in whose scope the caller is.
+        model: a model, which may have a TensorFlow strategy; None asks for the
+            strategy in whose scope the caller is.
 
     Returns:
-        What TensorFlow's strategy says, or the `keras.distribution` that is
-        set; where none is, what the layouts of the model's variables tell of
-        it. A `ModelParallel` has as many replicas as its batch axis is long.
+        Those of the TensorFlow strategy, or of the current `keras.distribution`.
+        Without a current one, the layouts of the model's variables tell the mesh. A
+        `ModelParallel` has as many replicas as its batch axis is long.
 
     Raises:
         ValueError: for a strategy of several workers (`refuse_multi_worker`).
@@ -89,7 +89,7 @@ def strategy_of(model: keras.Model | None = None) -> Any:
     Args:
         model: a Keras model; None asks for the strategy of the scope.
     """
-    # Nobody who has not imported TensorFlow has a strategy.
+    # Without TensorFlow imported no strategy can exist.
     tf = sys.modules.get("tensorflow")
     if tf is None or keras.backend.backend() != "tensorflow":
         return None
@@ -100,28 +100,31 @@ def strategy_of(model: keras.Model | None = None) -> Any:
 
 
 def is_distributed(model: keras.Model) -> bool:
-    """Whether a strategy or distribution is current, or the one that `model` was made under."""
+    """Whether a strategy or distribution is current, or was when `model` was made."""
     if strategy_of(model) is not None or keras.distribution.distribution() is not None:
         return True
     return any(map(keras_internals.is_sharded_by_keras, model.variables))
 
 
 def sharded_variables(model: keras.Model) -> list[str]:
-    """Paths of the variables of which this process holds a part only."""
-
-    def is_divided(value: Any) -> bool:
-        if keras.backend.backend() != "jax":
-            return False
-        return not (value.is_fully_addressable or value.is_fully_replicated)
-
-    return [variable.path for variable in model.variables if is_divided(variable.value)]
+    """Paths of the variables of which this process holds only some shards."""
+    if keras.backend.backend() != "jax":
+        return []
+    return [
+        variable.path
+        for variable in model.variables
+        if not (variable.value.is_fully_addressable or variable.value.is_fully_replicated)
+    ]
 
 
 def undistributed(function: Callable[[], _Result]) -> _Result:
-    """What `function` returns or raises where no strategy and no distribution is current."""
+    """Calls `function` where no strategy and no distribution is current.
+
+    Returns what it returns, and raises what it raises.
+    """
     if strategy_of() is not None:
-        # A strategy's scope cannot be left from inside, but a new thread is in none.
-        # It does not keep Python alive when the user has enough of it.
+        # A scope cannot be left from inside, but a new thread is in none. A daemon
+        # does not keep Python alive after Ctrl-C.
         future: concurrent.futures.Future = concurrent.futures.Future()
         threading.Thread(target=_fulfil, args=(future, function), daemon=True).start()
         return future.result()
@@ -142,11 +145,11 @@ def _fulfil(future: concurrent.futures.Future, function: Callable[[], Any]) -> N
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxis:
-    """An axis of a device mesh, along which an axis of a tensor is divided.
+    """An axis of a device mesh, along which an axis of a tensor is sharded.
 
     Attributes:
         name: its name in the mesh.
-        size: devices along it.
+        size: the number of devices along it.
     """
 
     name: str
@@ -154,9 +157,9 @@ class MeshAxis:
 
 
 def batch_axis() -> MeshAxis | None:
-    """Along which the current `keras.distribution` divides batches; None without one.
+    """The axis along which the current `keras.distribution` shards batches; None without one.
 
-    Only with the JAX backend does Keras divide anything.
+    Keras shards with the JAX backend only.
     """
     distribution = keras.distribution.distribution()
     if distribution is None or keras.backend.backend() != "jax":
@@ -169,15 +172,17 @@ def _batch_axis_of_layouts(model: keras.Model | None) -> MeshAxis | None:
     for variable in getattr(model, "variables", ()):
         layout = keras_internals.layout(variable)
         if layout is not None and layout.device_mesh is not None:
-            # Keras's own choice, where the user names no other.
+            # The first is Keras's default (`DataParallel`, `ModelParallel`).
             return _mesh_axis(layout.device_mesh, layout.device_mesh.axis_names[0])
     return None
 
 
 def variable_axis(variable: Any, axis: int) -> MeshAxis | None:
-    """Along which the layout of a `keras.Variable` divides its axis `axis`; None where not.
+    """The mesh axis along which `variable` is sharded on its axis `axis`; None where it is not.
 
-    Anything but a variable has no layout.
+    Args:
+        variable: a `keras.Variable`; anything else is not sharded.
+        axis: an axis of the variable.
     """
     if not isinstance(variable, keras.Variable):
         return None
@@ -193,9 +198,7 @@ def _mesh_axis(mesh: keras.distribution.DeviceMesh, name: str) -> MeshAxis:
 
 
 def refuse_multi_worker(strategy: Any) -> None:
-    """Refuses the strategy with which Keras 3.15 cannot train.
-
-    Once keras#20585 is repaired, this function and its calls can go.
+    """Refuses the strategy with which Keras 3.15 cannot train (keras#20585).
 
     Args:
         strategy: a `tf.distribute.Strategy`, or None.
@@ -203,7 +206,7 @@ def refuse_multi_worker(strategy: Any) -> None:
     Raises:
         ValueError: if it is a `MultiWorkerMirroredStrategy`.
     """
-    # By its name, so that TensorFlow need not be there; it calls itself by an older one.
+    # By name, so that TensorFlow need not be imported; the class has an older name.
     if any(base.__name__ == "CollectiveAllReduceStrategy" for base in type(strategy).__mro__):
         raise ValueError(
             "Expected another strategy. Received: MultiWorkerMirroredStrategy: "

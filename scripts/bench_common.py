@@ -30,6 +30,7 @@ from rich.table import Table
 import diagconv_tf
 from diagconv_tf import Conditions, files
 from diagconv_tf.environment import cpu_name
+from diagconv_tf.tf32 import tf32_allowed
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -95,59 +96,10 @@ def why_no_precision(name: str) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def precision_mode(name: str) -> Iterator[None]:
-    """Lets products be as exact as a precision says, as long as it lasts.
-
-    The switches belong to the process. A program compiled before has the old
-    ones built in: compile inside.
-    """
+def precision_mode(name: str) -> contextlib.AbstractContextManager[None]:
+    """Inside, float32 products are as exact as a precision says; compile inside."""
     allowed = PRECISIONS[name].tf32
-    if allowed is None:
-        yield
-        return
-    before = _set_tf32(allowed)
-    try:
-        yield
-    finally:
-        _restore_tf32(before)
-
-
-def _set_tf32(allowed: bool) -> Any:
-    """Switches TF32 on or off, and returns what `_restore_tf32` takes."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        before = tf.config.experimental.tensor_float_32_execution_enabled()
-        tf.config.experimental.enable_tensor_float_32_execution(allowed)
-    elif backend == "jax":
-        import jax
-
-        before = jax.config.jax_default_matmul_precision
-        jax.config.update("jax_default_matmul_precision", None if allowed else "highest")
-    else:
-        import torch
-
-        before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-    return before
-
-
-def _restore_tf32(before: Any) -> None:
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.experimental.enable_tensor_float_32_execution(before)
-    elif backend == "jax":
-        import jax
-
-        jax.config.update("jax_default_matmul_precision", before)
-    else:
-        import torch
-
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    return contextlib.nullcontext() if allowed is None else tf32_allowed(allowed)
 
 
 def seed(number: int) -> None:

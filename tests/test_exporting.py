@@ -12,8 +12,12 @@ import pytest
 from diagconv_tf import DiagonalwiseConv2D, DiagonalwiseDepthwiseConv2D, DiagonalwiseSeparableConv2D
 from diagconv_tf.exporting import ExportError, ExportReport, comparing, export, exporter
 from diagconv_tf.exporting.base import Requirement
+from diagconv_tf.exporting.comparing import Reference
+from diagconv_tf.exporting.keras_run import KerasRun
 from diagconv_tf.exporting.native import counted_depthwise_calls, native_convolutions
+from diagconv_tf.exporting.sample_inputs import SampleInputs
 from diagconv_tf.exporting.saved_model import SavedModel
+from diagconv_tf.exporting.tensors import leaves
 
 BACKEND = keras.backend.backend()
 SUFFIXES = {"tf_saved_model": "", "litert": ".tflite", "onnx": ".onnx"}
@@ -301,7 +305,7 @@ def test_keras_is_run_without_tf32_and_with_all_else(monkeypatch, precision):
         probe = Probe(switches)
         model = keras.Sequential([keras.Input((2,)), probe])
         probe.seen.clear()
-        comparing.run_keras(model, np.ones((1, 2)))
+        KerasRun(model)(np.ones((1, 2)))
         assert probe.seen == [(before[0], False, "highest")]
         assert switches() == before == ((True, True, False), True, precision)
     finally:
@@ -325,7 +329,8 @@ def test_saved_models_are_run_without_tf32(monkeypatch, before):
     try:
         switch.enable_tensor_float_32_execution(before)
         run, _ = SavedModel().load("path")
-        run(np.ones(2), None)
+        x = np.ones(2)
+        run(SampleInputs(x, tuple(leaves(x))))
         assert switch.tensor_float_32_execution_enabled() is before
     finally:
         switch.enable_tensor_float_32_execution(usual)
@@ -427,7 +432,7 @@ def old_file(tmp_path, format):
 
 
 def differ(monkeypatch, kind):
-    monkeypatch.setattr(comparing, "TOLERANCES", {"float32": -1.0})
+    monkeypatch.setattr(Reference, "tolerance", -1.0)
 
 
 def not_a_number(monkeypatch, kind):
@@ -435,7 +440,7 @@ def not_a_number(monkeypatch, kind):
 
     def broken(self, path):
         run, runtime = load(self, path)
-        return lambda *a: [np.full_like(output, np.nan) for output in run(*a)], runtime
+        return lambda x: [(name, np.full_like(y, np.nan)) for name, y in run(x)], runtime
 
     monkeypatch.setattr(kind, "load", broken)
 
@@ -445,7 +450,7 @@ def wrong_shape(monkeypatch, kind):
 
     def broken(self, path):
         run, runtime = load(self, path)
-        return lambda *a: [output[:1] for output in run(*a)], runtime
+        return lambda x: [(name, y[:1]) for name, y in run(x)], runtime
 
     monkeypatch.setattr(kind, "load", broken)
 
@@ -551,7 +556,7 @@ def test_overwrite_spares_what_is_no_export(tmp_path):
     ids=str,
 )
 def test_refused_before_long_work(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparing, "run_keras", lambda *a: pytest.fail("long work"))
+    monkeypatch.setattr(Reference, "of", lambda *a: pytest.fail("long work"))
     arguments = {"model": tiny(), **arguments}
     arguments["path"] = str(tmp_path / arguments.get("path", "model"))
     with pytest.raises(ValueError, match=message) as error:
@@ -562,7 +567,7 @@ def test_refused_before_long_work(arguments, message, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("format", SUFFIXES)
 def test_missing_packages_are_named(format, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparing, "run_keras", lambda *a: pytest.fail("long work"))
+    monkeypatch.setattr(Reference, "of", lambda *a: pytest.fail("long work"))
     monkeypatch.setattr(Requirement, "is_installed", False)
     path = tmp_path / f"model{SUFFIXES[format]}"
     with pytest.raises((ImportError, ValueError)) as error:

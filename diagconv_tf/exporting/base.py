@@ -6,15 +6,16 @@ import abc
 import dataclasses
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
-#: Runs an exported file: from the inputs of the model, with their flattened
-#: names where they are known, to the flattened outputs.
-Runner = Callable[[Any, Sequence[str] | None], list[np.ndarray]]
+from diagconv_tf.exporting.sample_inputs import SampleInputs
+
+#: Runs an exported file, and returns its outputs with the names that it gives them.
+Runner = Callable[[SampleInputs], list[tuple[str, np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +42,18 @@ class Format(abc.ABC):
         name: as `keras.Model.export` calls it.
         suffix: of its files; empty for a folder.
         depthwise_op: its name for the depthwise convolution.
+        counts_one_channel: whether its depthwise convolution of a single channel
+            differs from an ordinary convolution.
     """
 
     name: str
     suffix: str
     depthwise_op: str
+    counts_one_channel: bool = True
 
     @abc.abstractmethod
     def requirements(self) -> list[Requirement]:
-        """What it takes to write and to check the format.
+        """The packages that write and check the format.
 
         Raises:
             ValueError: if this backend, or this Keras, cannot write it.
@@ -61,15 +65,15 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def count_depthwise(self, path: str) -> int | None:
-        """How many `depthwise_op` the graph runs, None where it cannot tell."""
+        """How many `depthwise_op` the graph runs; None where it does not tell."""
 
     @abc.abstractmethod
     def load(self, path: str) -> tuple[Runner, str]:
-        """A function that runs the file, and the name of the runtime."""
+        """A function that runs the file, and the name and version of the runtime."""
 
     @property
     def has_dynamic_batch(self) -> bool:
-        """Whether files take any number of images."""
+        """Whether files take any number of examples."""
         return True
 
 

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import os
 import pathlib
 import tempfile
+import threading
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from diagconv_tf import distribution, files
 from diagconv_tf.copying import copy_model
-from diagconv_tf.exporting import comparing
 from diagconv_tf.exporting.base import Format
+from diagconv_tf.exporting.comparing import Reference
 from diagconv_tf.exporting.litert import LiteRT
-from diagconv_tf.exporting.native import counted_depthwise_calls, native_convolutions
+from diagconv_tf.exporting.native import native_convolutions
 from diagconv_tf.exporting.onnx import Onnx
 from diagconv_tf.exporting.report import ExportError, ExportReport
 from diagconv_tf.exporting.saved_model import SavedModel
-from diagconv_tf.model_tree import check_built
+from diagconv_tf.model_tree import check_built, walk_layers
+from diagconv_tf.rules import DEFAULT_RULES, Rule
 from diagconv_tf.text import summarize_error
 
 FORMATS: tuple[Format, ...] = (SavedModel(), LiteRT(), Onnx())
+
+_one_at_a_time = threading.Lock()
 
 
 def export(
@@ -35,14 +43,15 @@ def export(
     overwrite: bool = False,
     sample: Any = None,
     tolerance: float | None = None,
+    rules: Sequence[Rule] = DEFAULT_RULES,
     **options: Any,
 ) -> ExportReport:
     """Exports a model for inference elsewhere, and checks the result.
 
-    The file is made by `keras.Model.export`, under another name next to
-    `path`. Its outputs are compared with the model's, for one example and for
-    several, and its depthwise convolutions are counted. Only then it takes its
-    place: an export that fails or is interrupted leaves what was there.
+    `keras.Model.export` writes the file, under another name next to `path`. Its
+    outputs are compared with the model's, for one example and for several, and its
+    depthwise convolutions are counted. Only then it takes its place: an export that
+    fails or is interrupted leaves what was there.
 
     | format | TensorFlow | JAX | PyTorch |
     |---|---|---|---|
@@ -53,13 +62,17 @@ sizes of images must be known |
     | `"onnx"`, `.onnx` | yes | with the jax2onnx package; sizes of images must be known | yes, \
 with `native=True`; sizes of images must be known |
 
-    A model whose variables are mirrored, or divided among devices, is exported as
-    a copy that is on one device; the file knows of no strategy or distribution.
-    Of several processes any may call this alone, as long as none of the variables
-    is divided among them.
+    A model whose variables are mirrored or sharded is exported as a copy on one
+    device; the file knows of no strategy or distribution. Of several processes any
+    may call this alone, as long as no variable is sharded among them.
 
     In half precision SavedModels work, ONNX works for float16 on TensorFlow and
     PyTorch, and LiteRT does not. What does not work raises an `ExportError`.
+
+    One export of a process runs at a time, since writers and checks use switches of
+    the whole process; further threads wait. Other threads may call the model
+    meanwhile. While TensorFlow writes ONNX, `tf.function`s of other threads run
+    eagerly.
 
     Args:
         model: a built Keras model whose `call` takes one argument, which may
@@ -68,18 +81,19 @@ with `native=True`; sizes of images must be known |
         format: `"tf_saved_model"`, `"litert"` or `"onnx"`.
         native: whether to export the convolutions that the framework has for
             the layers, which the runtimes know best. `Conv2D` layers with one
-            input channel a group then use the depthwise op too. The model is
-            the same afterwards, but must not be used by another thread in the
-            meantime. False exports the lowerings as they are.
+            input channel a group then use the depthwise op too. False exports
+            the lowerings as they are.
         overwrite: whether an existing file, or SavedModel folder, is replaced.
         sample: a batch of inputs to compare on. The default is random numbers:
             normal floats, bytes for uint8, zeros and ones for other integers.
             Needed for models that declare no inputs (subclasses of
             `keras.Model`), take strings, or fail on such numbers.
-        tolerance: the largest difference from Keras's outputs, divided by the
-            largest output. The default is that of the coarsest precision in
-            the model: 1e-9 for float64, 1e-4 for float32, 0.02 for float16,
-            0.15 for bfloat16. Files that are quantised need more.
+        tolerance: the largest difference from Keras's outputs, relative to the
+            scale of its channel (`exporting/comparing.py` defines it). The default
+            is that of the coarsest precision in the model: 1e-12 for float64, 1e-4
+            for float32, 0.02 for float16, 0.15 for bfloat16. Files that are
+            quantised need more.
+        rules: those that `rewrite` was given.
         **options: for `keras.Model.export`, such as `opset_version` for ONNX
             or `optimizations` for LiteRT.
 
@@ -88,7 +102,7 @@ with `native=True`; sizes of images must be known |
 
     Raises:
         ValueError: if an argument is not as described, the backend cannot write
-            the format, or a variable is divided among processes.
+            the format, or a variable is sharded among processes.
         FileExistsError: if `path` exists, unless `overwrite`.
         ImportError: if a package is missing.
         ExportError: if the export fails, the file does not run, its outputs
@@ -98,62 +112,74 @@ with `native=True`; sizes of images must be known |
     """
     file_format = _find_format(format)
     check_built(model)
-    if distribution.is_distributed(model):
-        _check_whole(model)
-        return distribution.undistributed(
-            lambda: export(
-                copy_model(model, distributed=False),
-                path,
-                format,
-                native,
-                overwrite=overwrite,
-                sample=sample,
-                tolerance=tolerance,
-                **options,
-            )
-        )
     target = _check_path(path, file_format, overwrite)
     _check_requirements(file_format)
+
+    def checked_export(model: keras.Model) -> ExportReport:
+        report = _export(
+            model, target, file_format, native, sample, tolerance, rules=rules, options=options
+        )
+        return dataclasses.replace(report, path=os.fspath(path))
+
+    if not distribution.is_distributed(model):
+        return checked_export(model)
+    _check_holds_all(model)
+    return distribution.undistributed(lambda: checked_export(copy_model(model, distributed=False)))
+
+
+def _export(
+    model: keras.Model,
+    target: str,
+    file_format: Format,
+    native: bool,
+    sample: Any,
+    tolerance: float | None,
+    *,
+    rules: Sequence[Rule],
+    options: dict[str, Any],
+) -> ExportReport:
+    """`export` of a model on one device to a path that has been checked."""
     name = os.path.basename(target)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{name}.", dir=os.path.dirname(target), ignore_cleanup_errors=True
-    ) as folder:
-        inputs = comparing.batches(model, sample)
-        with counted_depthwise_calls(model) as calls:
-            expected = [comparing.run_keras(model, inputs[0])]
-        if file_format.has_dynamic_batch:
-            expected.append(comparing.run_keras(model, inputs[1]))
-        inputs = inputs[: len(expected)]
-        if tolerance is None:
-            tolerance = comparing.tolerance_of(model, expected[0])
+    with (
+        _one_at_a_time,
+        tempfile.TemporaryDirectory(
+            prefix=f".{name}.", dir=os.path.dirname(target), ignore_cleanup_errors=True
+        ) as folder,
+    ):
+        reference = Reference.of(model, sample, file_format.has_dynamic_batch, rules)
+        calls = len(reference.depthwise_channels)
+        if not file_format.counts_one_channel:
+            calls -= reference.depthwise_channels.count(1)
         # Its name is the target's, because some formats write it into the file.
         written = os.path.join(folder, name)
-        _write(file_format, model, written, native, options)
-        found = _count_depthwise(file_format, written, len(calls), native)
-        runtime, differences = _compare(file_format, written, model, inputs, expected)
-        worst = max(differences, key=lambda d: d.relative if d.relative == d.relative else 1e999)
-        # Not `>`: NaN must not pass.
-        if not worst.relative <= tolerance:
-            raise ExportError(
-                f"Expected the exported {format} to differ from Keras by at most {tolerance:.2g} "
-                f"of the outputs' scale. Received: {worst.relative:.2g} ({worst.absolute:.2g} "
-                f"absolute) in {runtime}"
-            )
+        with _active_layers_named(model):
+            _write(file_format, model, written, options, native=native, rules=rules)
+            found = _count_depthwise(file_format, written, calls, native)
+            runtime, outputs = _run(file_format, written, reference)
+            difference = reference.difference(outputs)
+            tolerance = reference.tolerance if tolerance is None else tolerance
+            # Not `>`: NaN must not pass.
+            if not difference.relative <= tolerance:
+                raise ExportError(
+                    f"Expected the exported {file_format.name} to differ from Keras by at most "
+                    f"{tolerance:.2g} of the outputs' scale. Received: {difference.relative:.2g} "
+                    f"({difference.absolute:.2g} absolute) in {runtime}"
+                )
         size = _size(written)
         files.replace(pathlib.Path(target), pathlib.Path(written))
     return ExportReport(
-        path=os.fspath(path),
-        format=format,
+        path=target,
+        format=file_format.name,
         backend=keras.backend.backend(),
         native=native,
         file_bytes=size,
         depthwise_op=file_format.depthwise_op,
-        depthwise_calls=len(calls),
+        depthwise_calls=calls,
         depthwise_found=found,
-        max_difference=max(d.absolute for d in differences),
-        max_relative_difference=worst.relative,
+        max_difference=difference.absolute,
+        max_relative_difference=difference.relative,
         tolerance=tolerance,
-        batch_sizes=tuple(len(keras.tree.flatten(batch)[0]) for batch in inputs),
+        batch_sizes=tuple(inputs.batch_size for inputs in reference.inputs),
         runtime=runtime,
     )
 
@@ -208,21 +234,51 @@ def _check_requirements(file_format: Format) -> None:
         )
 
 
-def _check_whole(model: keras.Model) -> None:
-    divided = distribution.sharded_variables(model)
-    if divided:
+def _check_holds_all(model: keras.Model) -> None:
+    sharded = distribution.sharded_variables(model)
+    if sharded:
         raise ValueError(
             "Expected a model of which this process holds all values. Received: variables that "
-            f"are divided among processes ({', '.join(divided[:3])}{', …' if divided[3:] else ''});"
+            f"are sharded among processes ({', '.join(sharded[:3])}{', …' if sharded[3:] else ''});"
             " export it from its weights in a process that holds them all"
         )
 
 
+@contextlib.contextmanager
+def _active_layers_named(model: keras.Model) -> Iterator[None]:
+    """Adds to an `ExportError` the layers that may have caused it by acting as in training.
+
+    Random layers for augmentation do, unless they are called with `training=False`,
+    which Keras's exporters do not (but for LiteRT).
+    """
+    try:
+        yield
+    except ExportError as error:
+        active = [
+            placed.path
+            for placed in walk_layers(model)
+            if "training" in (arguments := inspect.signature(placed.layer.call).parameters)
+            and arguments["training"].default is True
+        ]
+        if not active:
+            raise
+        raise ExportError(
+            f"{error}; these layers act as in training unless `training=False` is passed, which "
+            f"Keras's export does not do: {', '.join(active)}. Export a model without them"
+        ) from error
+
+
 def _write(
-    file_format: Format, model: keras.Model, path: str, native: bool, options: dict[str, Any]
+    file_format: Format,
+    model: keras.Model,
+    path: str,
+    options: dict[str, Any],
+    *,
+    native: bool,
+    rules: Sequence[Rule],
 ) -> None:
     with (
-        native_convolutions(model) if native else contextlib.nullcontext(),
+        native_convolutions(model, rules) if native else contextlib.nullcontext(),
         warnings.catch_warnings(),
     ):
         # Converters warn of what may go wrong; whether it did is checked.
@@ -252,23 +308,17 @@ def _count_depthwise(file_format: Format, path: str, calls: int, native: bool) -
     return found
 
 
-def _compare(
-    file_format: Format,
-    path: str,
-    model: keras.Model,
-    inputs: list[Any],
-    expected: list[Any],
-) -> tuple[str, list[comparing.Difference]]:
-    names = comparing.input_names(model)
+def _run(
+    file_format: Format, path: str, reference: Reference
+) -> tuple[str, list[list[tuple[str, np.ndarray]]]]:
+    """The runtime's name, and the file's outputs for each of the inputs."""
     try:
         run, runtime = file_format.load(path)
-        outputs = [run(batch, names) for batch in inputs]
+        return runtime, [run(inputs) for inputs in reference.inputs]
     except Exception as error:
         raise ExportError(
             f"The exported {file_format.name} does not run: {summarize_error(error, lines=2)}"
         ) from error
-    pairs = zip(outputs, expected, strict=True)
-    return runtime, [comparing.difference(output, wanted) for output, wanted in pairs]
 
 
 def _size(path: str) -> int:

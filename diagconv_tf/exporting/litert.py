@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -17,6 +16,8 @@ from diagconv_tf.exporting.base import (
     keras_version,
     with_version,
 )
+from diagconv_tf.exporting.sample_inputs import SampleInputs
+from diagconv_tf.exporting.tensors import match
 
 
 class LiteRT(Format):
@@ -59,14 +60,12 @@ class LiteRT(Format):
         interpreter = Interpreter(path)
         runner = interpreter.get_signature_runner("serving_default")
 
-        def run(inputs: Any, names: Sequence[str] | None) -> list[np.ndarray]:
-            values = keras.tree.flatten(inputs)
-            wanted = list(runner.get_input_details())
-            # The runtime sorts its inputs by name, and numbers nameless ones.
-            if names is None or set(names) != set(wanted):
-                names = sorted(wanted, key=_natural)
-            outputs = runner(**dict(zip(names, values, strict=True)))
-            return [outputs[name] for name in sorted(outputs, key=_natural)]
+        def run(inputs: SampleInputs) -> list[tuple[str, np.ndarray]]:
+            # Signatures sort names as text; where they mean nothing, their numbers count.
+            names = sorted(runner.get_input_details(), key=_numbers)
+            matched = match(names, inputs.leaves)
+            outputs = runner(**{n: leaf.value for n, leaf in zip(names, matched, strict=True)})
+            return sorted(outputs.items(), key=lambda item: _numbers(item[0]))
 
         return run, with_version("ai-edge-litert")
 
@@ -75,6 +74,6 @@ class LiteRT(Format):
         return keras.backend.backend() != "torch"
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts `output_10` after `output_9`."""
-    return [(int(part or -1), text) for text, part in re.findall(r"(\D*)(\d*)", name)]
+def _numbers(name: str) -> list[int]:
+    """The numbers in a name: `[0, 10]` of `args_0_10`, which is after `args_0_9`."""
+    return [int(number) for number in re.findall(r"\d+", name)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
 from diagconv_tf.exporting.base import Format, Requirement, Runner, keras_version, with_version
+from diagconv_tf.exporting.sample_inputs import SampleInputs
+from diagconv_tf.exporting.tensors import match
 
 
 class Onnx(Format):
@@ -18,6 +21,8 @@ class Onnx(Format):
     name = "onnx"
     suffix = ".onnx"
     depthwise_op = "Conv with group == channels"
+    # It is a `Conv` of one group, like any other.
+    counts_one_channel = False
 
     def requirements(self) -> list[Requirement]:
         backend = keras.backend.backend()
@@ -35,23 +40,20 @@ class Onnx(Format):
 
     def count_depthwise(self, path: str) -> int | None:
         import onnx
+        from onnx import inliner, shape_inference
 
-        model = onnx.shape_inference.infer_shapes(onnx.load(path))
-        graph = model.graph
-        kernels = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-        for value in graph.value_info:
-            kernels[value.name] = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        # A kernel is (outputs, inputs per group, height, width).
-        return sum(
-            node.op_type == "Conv" and kernels.get(node.input[1], [0, 0])[1] == 1
-            for node in graph.node
-        )
+        model = onnx.load(path)
+        if model.functions:
+            model = inliner.inline_local_functions(model)
+        # With data propagation, kernels that the graph computes have a shape too.
+        return _count_depthwise(shape_inference.infer_shapes(model, data_prop=True).graph, {})
 
     def load(self, path: str) -> tuple[Runner, str]:
         import onnx
 
-        # The same names as inputs, which the runtimes keep in the given order.
-        wanted = [value.name for value in onnx.load(path, load_external_data=False).graph.input]
+        graph = onnx.load(path, load_external_data=False).graph
+        input_names = [value.name for value in graph.input]
+        output_names = [value.name for value in graph.output]
         if Requirement("onnxruntime", "").is_installed:
             import onnxruntime
 
@@ -67,23 +69,52 @@ class Onnx(Format):
             execute = ReferenceEvaluator(path).run
             runtime = f"{with_version('onnx')}'s reference evaluator"
 
-        def run(inputs: Any, names: Sequence[str] | None) -> list[np.ndarray]:
-            if names is None or set(names) != set(wanted):
-                names = wanted
-            return execute(None, dict(zip(names, keras.tree.flatten(inputs), strict=True)))
+        def run(inputs: SampleInputs) -> list[tuple[str, np.ndarray]]:
+            matched = match(input_names, inputs.leaves)
+            feed = {name: leaf.value for name, leaf in zip(input_names, matched, strict=True)}
+            return list(zip(output_names, execute(None, feed), strict=True))
 
         return run, runtime
+
+
+def _count_depthwise(graph: Any, outer_shapes: Mapping[str, list[int]]) -> int:
+    """How many `Conv` have more than one group, and as many as input channels.
+
+    Args:
+        graph: counted with the bodies of its loops and branches, each once.
+        outer_shapes: of the tensors around it; 0 is a size that is not known.
+    """
+    shapes = {**outer_shapes, **{tensor.name: list(tensor.dims) for tensor in graph.initializer}}
+    for value in (*graph.input, *graph.value_info):
+        shapes[value.name] = [size.dim_value for size in value.type.tensor_type.shape.dim]
+    count = 0
+    for node in graph.node:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type == "Conv" and "group" in attributes:
+            groups = attributes["group"].i
+            # Inputs are (examples, channels, …), kernels (outputs, channels per group, …).
+            channels, per_group = (shapes.get(name, [])[1:2] for name in node.input[:2])
+            count += groups > 1 and (per_group == [1] or channels == [groups])
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                count += _count_depthwise(body, shapes)
+    return count
 
 
 @contextlib.contextmanager
 def _mended_conversion() -> Iterator[None]:
     """On TensorFlow, mends what Keras and tf2onnx get wrong without an error.
 
-    - Keras puts every grouped convolution into a function for XLA. tf2onnx does
-      not look inside, and writes a call that no runtime knows.
-    - Tensors that a layer holds (the mean of `Normalization`, as in
-      EfficientNet) become inputs of the file.
+    - Keras puts every grouped convolution into a function for XLA
+      (`keras/src/backend/tensorflow/nn.py`, `_conv_xla`). tf2onnx does not look
+      inside, and writes a call that no runtime knows. So functions run eagerly: they
+      are inlined.
+    - Tensors that a layer holds (the mean of `Normalization`, as in EfficientNet)
+      become inputs of the file.
     - `Erfc` (the exact `gelu`, as in ConvNeXt) is copied as it is.
+
+    The switch for eager functions belongs to the process. Other threads compute the
+    same in the meantime, but slowly. `export` admits one thread at a time.
     """
     if keras.backend.backend() != "tensorflow":
         yield
@@ -92,7 +123,14 @@ def _mended_conversion() -> Iterator[None]:
     import tf2onnx
     from tf2onnx import convert
 
-    def from_function(function, input_signature, *, output_path, **arguments):
+    thread = threading.get_ident()
+
+    def from_function(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(*args, **kwargs)
+        return mended(*args, **kwargs)
+
+    def mended(function: Any, input_signature: Any, *, output_path: str, **arguments: Any) -> None:
         handlers = {"Erfc": (_convert_erfc, [])}
         model, _ = original(function, input_signature, custom_op_handlers=handlers, **arguments)
         captures = function.get_concrete_function(*input_signature).graph.captures
@@ -111,7 +149,7 @@ def _mended_conversion() -> Iterator[None]:
 
 
 def _bind(graph: Any, values: dict[str, Any]) -> None:
-    """Gives the inputs of a graph that are among `values` their value for good."""
+    """Makes constants of the inputs of a graph that are among `values`."""
     from onnx import numpy_helper
 
     bound = [value for value in graph.input if value.name in values]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
 from diagconv_tf.exporting.base import Format, Requirement, Runner, can_only_elsewhere
-from diagconv_tf.exporting.full_precision import without_tf32
+from diagconv_tf.exporting.sample_inputs import SampleInputs
+from diagconv_tf.exporting.tensors import leaves
+from diagconv_tf.tf32 import tf32_allowed
 
 
 class SavedModel(Format):
@@ -53,12 +55,13 @@ class SavedModel(Format):
 
         loaded = tf.saved_model.load(path)
 
-        def run(inputs: Any, names: Sequence[str] | None) -> list[np.ndarray]:
-            inputs = keras.tree.map_structure(tf.convert_to_tensor, inputs)
-            # As Keras is run that it is compared with, whose backend may be another.
-            with without_tf32("tensorflow"):
-                outputs = keras.tree.flatten(loaded.serve(inputs))
-                return [np.asarray(output) for output in outputs]
+        def run(inputs: SampleInputs) -> list[tuple[str, np.ndarray]]:
+            tensors = keras.tree.map_structure(tf.convert_to_tensor, inputs.structure)
+            # TensorFlow runs the file, whatever Keras's backend is.
+            with tf32_allowed(False, "tensorflow"):
+                return [
+                    (leaf.name, np.asarray(leaf.value)) for leaf in leaves(loaded.serve(tensors))
+                ]
 
         return run, f"tensorflow {tf.__version__}"
 

@@ -111,6 +111,12 @@ _NODES_BY_DEPTH = PrivateName("keras.Function()", "_nodes_by_depth", _COPYING, _
 _NODES = PrivateName("keras.Function()", "_nodes", _COPYING, _IN_PLACE)
 _VARIABLE_KEY = PrivateName("keras.optimizers.Optimizer", "_var_key", _COPYING, _IN_PLACE)
 _LAYER_PATH = PrivateName("keras.Layer()", "_path", _COPYING, _IN_PLACE)
+_GLOBAL_STATE = PrivateName(
+    "keras.src.backend.common.global_state",
+    "GLOBAL_STATE_TRACKER",
+    "leave no trace of a symbolic call of a model",
+    "The layers, and `rewrite` with a lowering, work",
+)
 _SUPPORTS_JIT = PrivateName(
     "keras.src.trainers.trainer",
     "model_supports_jit",
@@ -310,6 +316,11 @@ def set_layer_path(layer: keras.Layer, path: str) -> None:
     """Sets `layer.path`."""
     _LAYER_PATH.of(layer)
     vars(layer)[_LAYER_PATH.name] = path
+
+
+def global_state() -> dict[str, Any]:
+    """What Keras keeps for this thread: counters of names, the global seed generator, scopes."""
+    return vars(_GLOBAL_STATE.of_module())
 
 
 def supports_jit(model: keras.Model) -> bool:

@@ -10,7 +10,6 @@ import keras
 
 from diagconv_tf import keras_internals
 from diagconv_tf.class_swap import instance_attribute
-from diagconv_tf.preserving import preserved_state
 from diagconv_tf.text import summarize_error
 
 
@@ -24,7 +23,7 @@ def record_input_shapes(
     """Returns the shapes of the first argument of every call of `layers`.
 
     Calls the model on symbolic tensors, which infers shapes and computes no
-    values. Leaves the model as it was, also if its call raises.
+    values. What the model's `call` changes stays changed: see `preserved_state`.
 
     Args:
         model: a built model.
@@ -38,7 +37,7 @@ def record_input_shapes(
         UntraceableError: if the model's call fails; the message gives the cause.
     """
     shapes: list[list[tuple]] = [[] for _ in layers]
-    with preserved_state(model), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for layer, calls in zip(layers, shapes, strict=True):
             recorder = _recorder(layer.call, calls)
             stack.enter_context(instance_attribute(layer, "call", recorder))

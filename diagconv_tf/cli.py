@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -30,6 +31,8 @@ from diagconv_tf.rewriting import restore, rewrite
 from diagconv_tf.spec import STOCK, ConvSpec
 from diagconv_tf.tuning import tune
 from diagconv_tf.tuning.cache import Cache, CacheEntry
+
+_JIT_COMPILE: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,9 +62,13 @@ def _rewrite(options: argparse.Namespace) -> int:
     model_files.check_model_output(options.output, options.overwrite)
     lowering = Plan.load(options.plan) if options.plan else options.lowering
     model = _load(options)
-    # Without a lowering the default of `rewrite` holds.
-    chosen = {} if lowering is None else {"lowering": lowering}
-    rewrite(model, **chosen, include=options.include, exclude=options.exclude, in_place=True)
+    change = functools.partial(
+        rewrite, model, include=options.include, exclude=options.exclude, in_place=True
+    )
+    if lowering is None:
+        change()  # With the default of `rewrite`.
+    else:
+        change(lowering=lowering)
     _save(model, options)
     return 0
 
@@ -91,7 +98,7 @@ def _tune(options: argparse.Namespace) -> int:
     plan = tune(
         _load(options),
         options.batch_size,
-        jit_compile={"auto": "auto", "true": True, "false": False}[options.jit_compile],
+        jit_compile=_JIT_COMPILE[options.jit_compile],
         budget_seconds=options.budget_seconds,
         cache_dir=options.cache_dir,
         refresh=options.refresh,

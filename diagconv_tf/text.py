@@ -26,9 +26,9 @@ _LINE_LENGTH = 100
 def as_text(renderable: RenderableType) -> str:
     """The text of a table: as wide as the terminal, or uncut where there is none."""
     width = None if sys.stdout.isatty() else 10_000
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(renderable)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    written = io.StringIO()
+    Console(file=written, width=width, color_system=None).print(renderable)
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
 
 def to_readable_json(value: Any, indent: int = 0) -> str:

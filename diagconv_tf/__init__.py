@@ -1,7 +1,8 @@
 """Depthwise-convolution networks in Keras, trained as fast as the hardware allows.
 
-Without changing what they compute: the layers here are Keras's own, with a
-choice of the exact way, the *lowering*, in which their convolutions run.
+The layers are Keras's own and compute the same; each offers a choice of the
+exact way, the *lowering*, in which its convolution runs. The import registers
+the layers with Keras, so that files with them can be loaded.
 """
 
 from diagconv_tf.auto import Choice, choose

@@ -1,4 +1,7 @@
-"""Files are written aside and renamed: a reader never meets half of one."""
+"""Writes files aside and renames them: a reader never meets half of one.
+
+A path that is a symbolic link stays one: what it points to is replaced.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +13,34 @@ from typing import Any
 
 
 def check_output(path: str | os.PathLike, overwrite: bool, suffix: str = "") -> pathlib.Path:
-    """`path`, if a file or folder can be written there; asked before long work.
+    """Returns `path` if a file or folder can be written there; asked before long work.
 
     Args:
         path: where the output shall be.
-        overwrite: whether what is there may be replaced.
-        suffix: what the name must end with.
+        overwrite: whether an existing file or folder may be replaced.
+        suffix: the required end of the name.
 
     Raises:
-        ValueError: if the suffix is another or the folder does not exist.
-        FileExistsError: if something is there and must not be replaced.
+        ValueError: if the suffix differs or the folder does not exist.
+        FileExistsError: if `path` exists and `overwrite` is False.
     """
     path = pathlib.Path(path)
     if not path.name.endswith(suffix):
         raise ValueError(f"Expected a path that ends with '{suffix}'. Received: {path}")
-    if not path.parent.is_dir():
+    if not _resolved(path).parent.is_dir():
         raise ValueError(f"Expected a path in an existing folder. Received: {path}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; overwrite=True (--overwrite) replaces it")
     return path
 
 
-def write_aside(path: pathlib.Path, write: Callable[[str], Any]) -> None:
-    """Lets `write(another_path)` make a file or folder, and renames it to `path`.
+def write_aside(path: str | os.PathLike, write: Callable[[str], Any]) -> None:
+    """Lets `write(another_path)` create a file or folder, and renames it to `path`.
 
-    The other name is in the same folder and has the same suffix; nothing is
-    left of it when `write` raises, and what was at `path` stays.
+    The other path is in the same folder and has the same suffix. If `write`
+    raises, nothing is left of it, and what was at `path` stays.
     """
+    path = _resolved(path)
     aside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         write(str(aside))
@@ -49,14 +53,15 @@ def write_aside(path: pathlib.Path, write: Callable[[str], Any]) -> None:
         raise
 
 
-def replace(path: pathlib.Path, written: pathlib.Path) -> None:
-    """Renames the file or folder `written` to `path`.
+def replace(path: str | os.PathLike, written: str | os.PathLike) -> None:
+    """Renames the file or folder `written` to `path`, in the same file system.
 
-    What was at `path` is gone afterwards; where the renaming fails, it is back.
+    Replaces what was at `path`; puts it back if the renaming fails.
 
     Raises:
-        OSError: if it fails.
+        OSError: if the renaming fails.
     """
+    path = _resolved(path)
     if not path.is_dir():
         os.replace(written, path)
         return
@@ -71,6 +76,31 @@ def replace(path: pathlib.Path, written: pathlib.Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text file under another name and renames it."""
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` and the end of its last line to a file."""
     write_aside(path, lambda aside: pathlib.Path(aside).write_text(text + "\n"))
+
+
+def append_line(path: str | os.PathLike, line: str) -> None:
+    """Adds a line to a text file, which is created if it is missing.
+
+    First ends a last line that has no end. The line is on the disk when the
+    function returns, so that it survives a crash of the machine.
+    """
+    path = pathlib.Path(path)
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.endswith(b"\n"):
+        content += b"\n"
+
+    def write(aside: str) -> None:
+        with open(aside, "wb") as file:
+            file.write(content + line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_aside(path, write)
+
+
+def _resolved(path: str | os.PathLike) -> pathlib.Path:
+    """The path that `path` leads to through symbolic links."""
+    return pathlib.Path(os.path.realpath(path))

@@ -19,6 +19,7 @@ _TRANSPOSED = (
     keras.layers.Conv2DTranspose,
     keras.layers.Conv3DTranspose,
 )
+#: Classes of layers whose FLOPs are counted.
 COUNTED = (
     *_CONVOLUTIONS,
     *_SEPARABLE,
@@ -29,14 +30,14 @@ COUNTED = (
 
 
 def layer_flops(layer: keras.layers.Layer, input_shape: tuple[int, ...]) -> int:
-    """Floating-point operations of one forward call; 0 for other layers.
+    """Returns the floating-point operations of one forward call; 0 for classes not in `COUNTED`.
 
-    A multiplication and an addition per kernel element and position; biases
-    and activations are not counted.
+    Counts a multiplication and an addition per kernel element and position, as
+    `ConvSpec.flops` does. Leaves out biases and activations.
 
     Args:
         layer: a built layer.
-        input_shape: sizes of its inputs, all known.
+        input_shape: sizes of its inputs, batch first; all known.
     """
     if not isinstance(layer, COUNTED):
         return 0
@@ -45,7 +46,7 @@ def layer_flops(layer: keras.layers.Layer, input_shape: tuple[int, ...]) -> int:
     if isinstance(layer, keras.layers.EinsumDense):
         return _einsum_flops(layer, input_shape)
     if isinstance(layer, _TRANSPOSED):
-        # Every input position meets every kernel element once.
+        # Each input position is multiplied by each kernel element once.
         return 2 * math.prod(layer.kernel.shape) * _positions(layer, input_shape)
     positions = _positions(layer, layer.compute_output_shape(input_shape))
     if isinstance(layer, _SEPARABLE):
@@ -61,8 +62,8 @@ def _positions(layer: keras.layers.Layer, shape: tuple[int, ...]) -> int:
 
 
 def _einsum_flops(layer: keras.layers.EinsumDense, input_shape: tuple[int, ...]) -> int:
-    # One multiplication and addition per combination of all the indices; `...`
-    # stands for the input's further axes.
+    # One multiplication and addition per combination of all indices; `...` stands
+    # for further axes of the input.
     letters, kernel_letters = layer.equation.split("->")[0].split(",")
     sizes = dict(zip(kernel_letters, layer.kernel.shape, strict=True))
     before, dots, after = letters.partition("...")

@@ -1,4 +1,4 @@
-"""inspect_model: which layers qualify, what they cost, and why not."""
+"""inspect_model: which layers can be rewritten, their FLOPs, and the reasons why not."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from rich.table import Table
 from diagconv_tf import flops, tracing
 from diagconv_tf.layers import LoweredLayer, layer_spec
 from diagconv_tf.model_tree import PlacedLayer, check_built, walk_layers
+from diagconv_tf.preserving import preserved_state
 from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
-from diagconv_tf.spec import ConvSpec
+from diagconv_tf.spec import STOCK, ConvSpec
 from diagconv_tf.text import as_text
-
-#: `ConvolutionRow.lowering` of a layer that is Keras's own.
-STOCK = "stock"
 
 _DEPTHWISE = (
     keras.layers.DepthwiseConv1D,
@@ -36,28 +34,28 @@ _HANDLED = (
 
 @dataclasses.dataclass(frozen=True)
 class ConvolutionRow:
-    """What is known of one convolution with groups.
+    """One convolution with groups.
 
     Attributes:
-        path: the layer's path: names of the layers that hold it and its own,
-            joined by `/`, the model's left out.
-        other_paths: further paths, where the layer is shared.
+        path: the layer's path: the names of the layers that hold it and its own,
+            joined by `/`, without the model's.
+        other_paths: further paths of a shared layer.
         class_name: name of the layer's class.
-        specs: the problem at each call of the layer, in order; for separable
-            layers, of the depthwise half. Empty where it is not known.
+        specs: the workload of each call of the layer, in order; of separable
+            layers, that of the depthwise half. Empty if it is not known.
         flops: floating-point operations of one pass, over all calls; the three
-            passes do equally many. None where a size is not known.
-        least_bytes: fewest bytes one pass must move, over all calls; None
-            where a size is not known.
-        flops_share: share of the model's forward FLOPs (its convolutions and
-            dense layers), 0 to 1; None where a size is not known.
+            passes need equally many. None if a size is not known.
+        least_bytes: fewest bytes that one pass moves, over all calls; None if
+            a size is not known.
+        flops_share: share of the forward FLOPs of the model's convolutions and
+            dense layers, 0 to 1; None if a size is not known.
         parameters: number of the layer's weights.
         lowering: `"stock"`, or the layer's `lowering`.
         reasons: why the layer cannot be rewritten; empty means it can.
         survives_saving: whether a `.keras` file holds the layer itself.
-            Otherwise what holds it (a composite layer or a model with its own
-            config) makes a stock layer when the file is loaded: save the
-            restored model, and rewrite it again after loading.
+            Otherwise its container (a composite layer, or a model with its own
+            config) creates a stock layer when the file is loaded: save the
+            restored model, and rewrite it after loading.
         layer: the layer.
     """
 
@@ -81,15 +79,16 @@ class ConvolutionRow:
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """All paths of the layer."""
         return (self.path, *self.other_paths)
 
     @property
     def main_spec(self) -> ConvSpec | None:
-        """The problem of the call with the most FLOPs."""
+        """The workload of the call with the most FLOPs."""
         return max(self.specs, key=lambda spec: spec.flops() or 0, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but `layer`, in JSON's types."""
+        """All attributes but `layer`, as types of JSON."""
         fields = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -109,8 +108,8 @@ class Inspection:
             image.
         rows: one per convolution with groups, in the model's order.
         total_flops: FLOPs of one forward pass of the model's convolutions and
-            dense layers; None where a size is not known.
-        unknown: why sizes are not known; empty where they are.
+            dense layers; None if a size is not known.
+        unknown: why sizes are not known; empty if they are.
     """
 
     model_name: str
@@ -120,7 +119,7 @@ class Inspection:
     unknown: str
 
     def to_json(self) -> str:
-        """All rows and totals as a JSON object."""
+        """Returns all rows and totals as a JSON object."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["rows"] = [row.to_dict() for row in self.rows]
         return json.dumps(fields, indent=2)
@@ -139,11 +138,15 @@ def inspect_model(
     data: Any = None,
     rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> Inspection:
-    """Looks at every convolution with groups in a model; changes nothing.
+    """Lists the convolutions with groups in a model; changes nothing.
 
-    Depthwise, separable and grouped convolutions are found at every depth: in
-    nested models, wrappers and composite layers, stock or ours. One- and
-    three-dimensional ones are listed, as not handled.
+    Finds depthwise, separable and grouped convolutions, stock or ours, at every
+    depth: in nested models, wrappers and composite layers. Lists one- and
+    three-dimensional ones as not handled.
+
+    It calls the model on symbolic inputs, and restores afterwards what the
+    model's `call` changed: attributes of model and layers, losses, and Keras's
+    global state. Weights and seeds do not change in a symbolic call.
 
     Args:
         model: a built model.
@@ -154,20 +157,22 @@ def inspect_model(
         rules: which classes can be rewritten.
 
     Raises:
-        ValueError: if `model` is not a built Keras model.
+        ValueError: if `model` is not a built Keras model, or `batch_size` is
+            neither None nor an integer >= 1.
     """
     check_built(model)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"Expected `batch_size` >= 1 or None. Received: {batch_size!r}")
     placed = walk_layers(model)
-    return _inspect(model, placed, _trace(model, placed, batch_size, data), rules)
+    with preserved_state(model):
+        return _inspect(model, placed, _trace(model, placed, batch_size, data), rules)
 
 
 def inspect_as_built(model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES) -> Inspection:
-    """`inspect_model` without calling the model, even symbolically.
+    """Does as `inspect_model`, without calling the model.
 
-    Sizes are those that each layer was built with, which may be open, and
-    costs are not known.
+    Sizes are those that each layer was built with, and may be open. FLOPs and
+    bytes are not known.
     """
     check_built(model)
     not_called = _Trace({}, None, None, "the model was not called")
@@ -180,32 +185,31 @@ def _inspect(
     holds = _ConfigReader()
     rows = []
     for place in placed:
-        if not _is_listed(place.layer, rules):
+        layer = place.layer
+        if not _is_listed(layer, rules):
             continue
-        shapes = traced.shapes.get(id(place.layer), [])
-        specs, problem = _specs(place.layer, shapes, keep_batch=traced.batch_size is not None)
-        flops = _forward_flops(place.layer, shapes, specs)
+        shapes = traced.shapes.get(id(layer), [])
+        specs, unsupported = _specs(layer, shapes)
+        flops = _forward_flops(layer, shapes, specs)
+        least_bytes = _total([spec.least_bytes() for spec in specs])
+        if traced.batch_size is None:
+            specs = tuple(spec.replace(batch=None) for spec in specs)
+        share = flops / traced.total_flops if flops and traced.total_flops else None
+        held = zip(place.containers, (*place.containers[1:], layer), strict=True)
         rows.append(
             ConvolutionRow(
                 path=place.path,
                 other_paths=place.other_paths,
-                class_name=type(place.layer).__name__,
+                class_name=type(layer).__name__,
                 specs=specs,
                 flops=flops,
-                least_bytes=_least_bytes(place.layer, shapes),
-                flops_share=(
-                    None if flops is None or not traced.total_flops else flops / traced.total_flops
-                ),
-                parameters=place.layer.count_params() if place.layer.built else 0,
-                lowering=getattr(place.layer, "lowering", STOCK),
-                reasons=tuple(_reasons(place.layer, rules, problem)),
-                survives_saving=all(
-                    holds(container, child)
-                    for container, child in zip(
-                        place.containers, (*place.containers[1:], place.layer), strict=True
-                    )
-                ),
-                layer=place.layer,
+                least_bytes=least_bytes,
+                flops_share=share,
+                parameters=layer.count_params() if layer.built else 0,
+                lowering=getattr(layer, "lowering", STOCK),
+                reasons=tuple(_reasons(layer, rules, unsupported)),
+                survives_saving=all(holds(container, child) for container, child in held),
+                layer=layer,
             )
         )
     return Inspection(
@@ -215,7 +219,14 @@ def _inspect(
 
 @dataclasses.dataclass(frozen=True)
 class _Trace:
-    """What a symbolic call of the model found, or why there was none."""
+    """What a symbolic call of the model found, or why there was none.
+
+    Attributes:
+        shapes: `id` of a layer → the input shapes of its calls.
+        batch_size: images in a batch; None means that of one image stands for it.
+        total_flops: as in `Inspection`.
+        unknown: as in `Inspection`.
+    """
 
     shapes: dict[int, list[tuple]]
     batch_size: int | None
@@ -252,7 +263,7 @@ def _is_listed(layer: keras.layers.Layer, rules: Sequence[Rule]) -> bool:
     return rule is not None and (type(layer) is rule.replacement or not rule.why_not(layer))
 
 
-def _reasons(layer: keras.layers.Layer, rules: Sequence[Rule], problem: str) -> Iterator[str]:
+def _reasons(layer: keras.layers.Layer, rules: Sequence[Rule], unsupported: str) -> Iterator[str]:
     rule = find_rule(layer, rules)
     if rule is not None:
         if type(layer) is rule.source:
@@ -269,46 +280,39 @@ def _reasons(layer: keras.layers.Layer, rules: Sequence[Rule], problem: str) -> 
         yield "not built: the model never calls it"
     if "call" in vars(layer):
         yield "its `call` was replaced on the object"
-    if problem:
-        yield problem
+    if unsupported:
+        yield f"unsupported: {unsupported}"
 
 
-def _specs(
-    layer: keras.layers.Layer, shapes: Sequence[tuple], keep_batch: bool
-) -> tuple[tuple[ConvSpec, ...], str]:
-    """The layer's problems, and why one cannot be stated."""
+def _specs(layer: keras.layers.Layer, shapes: Sequence[tuple]) -> tuple[tuple[ConvSpec, ...], str]:
+    """The layer's workload per call, and why one cannot be stated."""
     if not isinstance(layer, _HANDLED) or not layer.built:
         return (), ""
     if not shapes:
-        build_config = layer.get_build_config() or {}
-        shapes = [build_config["input_shape"]] if "input_shape" in build_config else []
-    if not keep_batch:
-        shapes = [(None, *shape[1:]) for shape in shapes]
+        built_with = (layer.get_build_config() or {}).get("input_shape")
+        shapes = [(None, *built_with[1:])] if built_with else []
     try:
         return tuple(layer_spec(layer, shape) for shape in shapes), ""
     except ValueError as error:
-        return (), f"unsupported: {error}"
+        return (), str(error)
 
 
 def _forward_flops(
     layer: keras.layers.Layer, shapes: Sequence[tuple], specs: Sequence[ConvSpec]
 ) -> int | None:
-    if not shapes:
-        return None
     if specs:
-        return sum(layer_spec(layer, shape).flops() for shape in shapes)
-    return sum(flops.layer_flops(layer, shape) for shape in shapes)
+        return _total([spec.flops() for spec in specs])
+    return _total([flops.layer_flops(layer, shape) for shape in shapes])
 
 
-def _least_bytes(layer: keras.layers.Layer, shapes: Sequence[tuple]) -> int | None:
-    try:
-        return sum(layer_spec(layer, shape).least_bytes() for shape in shapes) or None
-    except (AttributeError, ValueError):
-        return None
+def _total(numbers: Sequence[int | None]) -> int | None:
+    """Their sum; None if there are none, or one is not known."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if known and len(known) == len(numbers) else None
 
 
 class _ConfigReader:
-    """Whether the config of a container holds a layer inside it."""
+    """Tells whether the config of a container holds a layer inside it."""
 
     def __init__(self) -> None:
         self._names: dict[int, set[str]] = {}
@@ -317,7 +321,7 @@ class _ConfigReader:
         if id(container) not in self._names:
             try:
                 config = container.get_config()
-            except Exception:  # A user's own; Keras cannot save such a model either.
+            except Exception:  # A user's `get_config`; Keras cannot save such a model.
                 config = {}
             self._names[id(container)] = set(_serialised_names(config))
         return layer.name in self._names[id(container)]
@@ -372,7 +376,7 @@ def _table(inspection: Inspection) -> Table:
 
 def _remarks(inspection: Inspection, images: int) -> Iterator[str]:
     yield (
-        f"MFLOP, MB: floating-point operations and least traffic of one pass, for {images} "
+        f"MFLOP, MB: floating-point operations and least memory traffic of one pass, for {images} "
         f"image{'s' * (images > 1)}; share: of the FLOPs of all convolutions and dense layers."
     )
     if inspection.unknown:
@@ -381,6 +385,6 @@ def _remarks(inspection: Inspection, images: int) -> Iterator[str]:
     if rebuilt:
         shown = ", ".join(rebuilt[:3]) + (", …" if len(rebuilt) > 3 else "")
         yield (
-            f"Made anew as stock layers when a saved model is loaded: {len(rebuilt)} ({shown}). "
-            "Save the restored model, and rewrite it again after loading."
+            f"Recreated as stock layers when a saved model is loaded: {len(rebuilt)} ({shown}). "
+            "Save the restored model, and rewrite it after loading."
         )

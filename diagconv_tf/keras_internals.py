@@ -173,6 +173,12 @@ _CONTAINER_SNAPSHOT = PrivateName(
 )
 
 # Compilation and training.
+_GLOBAL_STATE = PrivateName(
+    "keras.src.backend.common.global_state",
+    "GLOBAL_STATE_TRACKER",
+    "leave no trace of a symbolic call of a model",
+    "The layers, and `rewrite` with a lowering, work",
+)
 _SUPPORTS_JIT = PrivateName(
     "keras.src.trainers.trainer",
     "model_supports_jit",
@@ -443,6 +449,11 @@ def set_layer_path(layer: keras.Layer, path: str) -> None:
 def compile_loss_class() -> type:
     """The class of the object in which a model keeps the losses that `compile` was given."""
     return _COMPILE_LOSS.of_module()
+
+
+def global_state() -> dict[str, Any]:
+    """What Keras keeps for this thread: counters of names, the global seed generator, scopes."""
+    return vars(_GLOBAL_STATE.of_module())
 
 
 def supports_jit(model: keras.Model) -> bool:

@@ -1,4 +1,4 @@
-"""The layers of a model, at every depth, each with its path."""
+"""Finds the layers of a model at every depth, each with its path."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from diagconv_tf import keras_internals
 
 @dataclasses.dataclass(frozen=True)
 class PlacedLayer:
-    """A layer and where it stands in a model.
+    """A layer and its place in a model.
 
     Attributes:
         layer: the layer itself.
-        path: names of the layers that hold it and its own, joined by `/`; the
-            model's name is left out. Where one container holds two layers of
-            one name, the second is `name#2`.
-        other_paths: further paths to the same layer, where it is shared.
+        path: the names of the layers that hold it and its own, joined by `/`,
+            without the model's. If a container holds two layers of one name,
+            the second is `name#2`.
+        other_paths: further paths of a shared layer.
         containers: the layers that hold it on `path`, the model first.
     """
 
@@ -31,7 +31,7 @@ class PlacedLayer:
 
 
 def check_built(model: Any) -> None:
-    """Refuses what is not a built Keras model.
+    """Checks that `model` is a built Keras model.
 
     Raises:
         ValueError: if `model` is no `keras.Model`, or has not been built.
@@ -49,10 +49,10 @@ def check_built(model: Any) -> None:
 
 
 def walk_layers(model: keras.Model) -> list[PlacedLayer]:
-    """Every layer inside `model`, each once, containers before their content.
+    """Returns every layer inside `model` once, containers before their content.
 
-    Layers inside wrappers, composite layers and nested models are found too;
-    the model itself is not among them.
+    Finds layers inside wrappers, composite layers and nested models. Leaves
+    out the model itself.
     """
     placed: dict[int, PlacedLayer] = {}
     for layer, path, containers in _walk(model, "", (model,)):

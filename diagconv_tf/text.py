@@ -1,4 +1,4 @@
-"""Text for people: tables, JSON, and other packages' errors."""
+"""Renders text for people: tables, JSON, and other packages' errors."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+#: Characters of an error's message that `summarize_error` keeps.
 _LONGEST_ERROR = 500
 
-#: Keras begins with where it happened, and says what happened further down.
+#: Keras's first line says where an error occurred, and its message follows.
 _WHERE = "Exception encountered when calling"
-
+#: Keras puts a config of any length before the cause of a deserialization error.
+_CAUSE = "Exception encountered: "
 
 #: Longest line of JSON that `to_readable_json` writes, where values can be broken.
 _LINE_LENGTH = 100
 
 
 def as_text(renderable: RenderableType) -> str:
-    """As wide as the terminal; as wide as it needs to be where nobody watches."""
+    """The text of a table: as wide as the terminal, or uncut where there is none."""
     width = None if sys.stdout.isatty() else 10_000
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(renderable)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    written = io.StringIO()
+    Console(file=written, width=width, color_system=None).print(renderable)
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
 
 def to_readable_json(value: Any, indent: int = 0) -> str:
-    """`value` as JSON; objects and lists that are short take one line.
+    """Returns `value` as JSON; short objects and lists take one line.
 
     Args:
         value: of JSON's types.
@@ -57,13 +59,13 @@ def to_readable_json(value: Any, indent: int = 0) -> str:
 
 
 def summarize_error(error: BaseException, lines: int = 1) -> str:
-    """The class of an error, and the first lines of its message that say what is wrong.
+    """The class of an error, and the first lines of its message that give the cause.
 
     Args:
         error: an error, whose message may have many lines, with colours.
-        lines: how many of them at most.
+        lines: how many lines to keep at most.
     """
-    text = _COLOURS.sub("", str(error))
+    text = _COLOURS.sub("", str(error)).rpartition(_CAUSE)[2]
     all_lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in all_lines if not line.startswith(_WHERE)] or all_lines
     return f"{type(error).__name__}: {' '.join(telling[:lines])[:_LONGEST_ERROR]}"

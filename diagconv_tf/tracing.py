@@ -1,28 +1,29 @@
-"""The input shapes that a model's layers meet, found without computing."""
+"""Finds the input shapes of a model's layers by a symbolic call, without computing."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 
 from diagconv_tf import keras_internals
+from diagconv_tf.class_swap import instance_attribute
 from diagconv_tf.text import summarize_error
 
 
 class UntraceableError(ValueError):
-    """A model's inputs cannot be made up, or its call fails on them."""
+    """The sizes of a model's inputs are not known, or its symbolic call fails."""
 
 
 def record_input_shapes(
     model: keras.Model, layers: Sequence[keras.layers.Layer], inputs: Any
 ) -> list[list[tuple]]:
-    """The shapes of the first argument of every call of `layers`.
+    """Returns the shapes of the first argument of every call of `layers`.
 
-    The model is called on symbolic tensors: shapes are inferred, values are
-    neither computed nor changed.
+    Calls the model on symbolic tensors, which infers shapes and computes no
+    values. What the model's `call` changes stays changed: see `preserved_state`.
 
     Args:
         model: a built model.
@@ -33,12 +34,13 @@ def record_input_shapes(
         For each of `layers`, a list with one shape per call, in order.
 
     Raises:
-        UntraceableError: if the model's call fails; the message says how.
+        UntraceableError: if the model's call fails; the message gives the cause.
     """
     shapes: list[list[tuple]] = [[] for _ in layers]
     with contextlib.ExitStack() as stack:
         for layer, calls in zip(layers, shapes, strict=True):
-            stack.enter_context(_recording(layer, calls))
+            recorder = _recorder(layer.call, calls)
+            stack.enter_context(instance_attribute(layer, "call", recorder))
         operation = _Call(model)
         try:
             operation.compute_output_spec(inputs)
@@ -51,13 +53,13 @@ def record_input_shapes(
 
 
 def symbolic_inputs(model: keras.Model, batch_size: int | None = None, data: Any = None) -> Any:
-    """Symbolic inputs of known shape for `model`.
+    """Returns symbolic inputs of known shape for `model`.
 
     Args:
         model: a built model.
         batch_size: images in a batch; None means that of `data`, else 1.
         data: a sample batch as `fit` takes it, `x`, `(x, y)` or
-            `(x, y, sample_weight)`; None takes the shapes the model declares.
+            `(x, y, sample_weight)`; None uses the shapes the model declares.
 
     Raises:
         UntraceableError: if a size is not known, and `data` is not given.
@@ -72,9 +74,9 @@ def symbolic_inputs(model: keras.Model, batch_size: int | None = None, data: Any
 
 
 def declared_inputs(model: keras.Model) -> Any:
-    """The inputs of a functional or sequential model, in their structure, else None.
+    """The symbolic inputs of a functional or sequential model, else None.
 
-    Sizes may be open.
+    Their sizes may be open (None).
     """
     if isinstance(model, keras.Sequential):
         return model.inputs[0] if keras_internals.declares_inputs(model) else None
@@ -108,10 +110,10 @@ def _symbolic(value: Any, batch_size: int | None) -> keras.KerasTensor:
 
 
 class _Call(keras.Operation):
-    """The call of a model, so that Keras infers shapes through all of it.
+    """Lets Keras infer shapes through all the calls inside a model's call.
 
     A model's own `compute_output_spec` stops at layers that know their output
-    shape without calling what is inside them.
+    shape without calling the layers inside them.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -123,27 +125,17 @@ class _Call(keras.Operation):
         try:
             return self.model(inputs)
         except Exception as error:
-            # Keras wraps it in advice on operations, which a model's user does
-            # not write.
+            # Keras wraps it in advice for authors of operations.
             self.error = error
             raise
 
 
-@contextlib.contextmanager
-def _recording(layer: keras.layers.Layer, calls: list[tuple]) -> Iterator[None]:
-    own = vars(layer).get("call")
-    call = layer.call
+def _recorder(call: Callable[..., Any], calls: list[tuple]) -> Callable[..., Any]:
+    """`call`, which adds the shape of its first argument to `calls`."""
 
     def record(*args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else next(iter(kwargs.values()))
         calls.append(tuple(first.shape))
         return call(*args, **kwargs)
 
-    vars(layer)["call"] = record
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(layer)["call"]
-        else:
-            vars(layer)["call"] = own
+    return record

@@ -54,14 +54,14 @@ def command_in(tmp_path, monkeypatch, capsys):
     `run("inspect model.keras")` gives `(exit code, standard output, standard
     error)`. In the arguments `@` is the folder that the command may write to.
     """
-    from diagconv_tf import cli
+    import diagconv_cli
 
     def command_in(folder):
         monkeypatch.chdir(folder)
 
         def run(line):
             try:
-                code = cli.main(line.replace("@", str(tmp_path)).split())
+                code = diagconv_cli.main(line.replace("@", str(tmp_path)).split())
             except SystemExit as exit:
                 code = exit.code
             return code, *capsys.readouterr()

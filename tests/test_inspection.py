@@ -1,13 +1,21 @@
 """What inspect_model says of models whose convolutions are known."""
 
 import json
+import random
 
 import keras
 import numpy as np
 import pytest
 from keras import layers
 
-from diagconv_tf import DEFAULT_RULES, DiagonalwiseDepthwiseConv2D, Rule, inspect_model
+from diagconv_tf import (
+    DEFAULT_RULES,
+    DiagonalwiseConv2D,
+    DiagonalwiseDepthwiseConv2D,
+    Rule,
+    inspect_model,
+    keras_internals,
+)
 from tests import model_zoo
 
 PATHS = {
@@ -175,20 +183,109 @@ def test_the_table_is_not_cut_off_in_a_pipe(capsys):
     assert name in capsys.readouterr().out
 
 
+class _Leaky(layers.Layer):
+    """Leaves what its call has seen in attributes of every kind."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dw = layers.DepthwiseConv2D(3, name="dw", activity_regularizer="l2")
+        self.dropout = layers.Dropout(0.5)
+        self.seed = keras.random.SeedGenerator(3)
+        self.mean = keras.metrics.Mean()
+        self.fails = False
+        self.list, self.dict, self.set, self.nested = [], {}, set(), ([{}],)
+        self.last = None
+        self.calls = 0
+
+    def build(self, input_shape):
+        self.dw.build(input_shape)
+
+    def call(self, x):
+        self.last = x
+        self.calls += 1
+        self.list.append(x)
+        self.dict["last"] = x
+        self.set.add(self.calls)
+        self.nested[0][0]["last"] = x
+        setattr(self, f"attribute_{self.calls}", x)
+        self.add_loss(keras.ops.mean(x))
+        self.mean.update_state(x)
+        x = self.dropout(x + keras.random.normal((4,), seed=self.seed), training=True)
+        layers.Dense(2)  # Takes a name.
+        random.random()
+        np.random.normal()
+        if self.fails:
+            raise RuntimeError("not today")
+        return self.dw(x)
+
+
+def _leaky():
+    inputs = keras.Input((8, 8, 4))
+    return keras.Model(inputs, _Leaky()(inputs))
+
+
+def _content(value):
+    """A container with its content, at every depth; all else by identity."""
+    if isinstance(value, dict):
+        return {key: _content(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_content(inner) for inner in value]
+    return set(value) if isinstance(value, set) else id(value)
+
+
+def _visible_state(model):
+    """What a user can see of a model and of Keras."""
+    parts = list(keras_internals.flatten_layers(model))
+    return {
+        "attributes": [(type(layer), _content(dict(vars(layer)))) for layer in parts],
+        "losses": [id(loss) for loss in model.losses],
+        "metrics": [float(metric.result()) for metric in model.layers[1]._metrics],
+        "values": [keras.ops.convert_to_numpy(variable).tolist() for variable in model.variables],
+        "global": _content(dict(keras_internals.global_state())),
+        "random": random.getstate(),
+        "numpy": np.random.get_state()[1:3],
+    }
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_looking_leaves_no_trace(fails):
+    model = _leaky()
+    model(np.ones((2, 8, 8, 4), "float32"))  # Now it has losses.
+    model.layers[1].fails = fails
+    assert len(model.losses) == 2
+    before = _visible_state(model)
+    inspection = inspect_model(model, 4)
+    after = _visible_state(model)
+    assert bool(inspection.unknown) == fails
+    for name, value in before.items():
+        np.testing.assert_equal(after[name], value, err_msg=name)
+
+
 @pytest.mark.parametrize("name", ["composite", "subclassed", "skip connections"])
 def test_looking_changes_nothing(name):
     model = model_zoo.MODELS[name][0]()
     inputs = model_zoo.random_inputs(model)
     before = [value.copy() for value in model.get_weights()]
-    parts = model._flatten_layers()
-    attributes = [set(vars(layer)) for layer in parts]
-    nodes = [len(layer._inbound_nodes) for layer in parts]
     outputs = keras.ops.convert_to_numpy(model(inputs))
+    attributes = [_content(dict(vars(layer))) for layer in keras_internals.flatten_layers(model)]
     inspect_model(model, 4)
-    assert [set(vars(layer)) for layer in parts] == attributes
-    assert [len(layer._inbound_nodes) for layer in parts] == nodes
+    parts = keras_internals.flatten_layers(model)
+    assert [_content(dict(vars(layer))) for layer in parts] == attributes
     assert all(map(np.array_equal, model.get_weights(), before))
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(model(inputs)), outputs)
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_sizes_are_integers_of_any_kind_and_channels_are_known(data_format):
+    layer = DiagonalwiseDepthwiseConv2D(3, data_format=data_format)
+    spec = layer.spec(tuple(np.array([2, 8, 8, 8])))
+    assert spec == layer.spec((2, 8, 8, 8))
+    assert all(type(size) is int for size in spec.input_shape)
+    unknown = (1, 8, 8, None) if data_format == "channels_last" else (1, None, 8, 8)
+    for convolution in (layer, DiagonalwiseConv2D(4, 3, groups=2, data_format=data_format)):
+        with pytest.raises(ValueError, match=r"known number of input channels.*Received"):
+            convolution.spec(unknown)
 
 
 def test_a_call_that_cannot_be_traced_leaves_sizes_of_the_build():

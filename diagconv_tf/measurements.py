@@ -157,12 +157,16 @@ def paired_ratio(
             f"{len(samples)} and {len(reference)} samples"
         )
     logs = np.log(np.asarray(samples) / np.asarray(reference))
-    first, second = np.triu_indices(len(logs))
+    first, second = _pairs(len(logs))
     means = np.sort((logs[first] + logs[second]) / 2)
     left_out = _left_out(len(logs), error_rate)
     ends = (-math.inf, math.inf) if left_out is None else (means[left_out], means[-1 - left_out])
     low, high = (math.exp(end) for end in ends)
-    return Ratio(math.exp(np.median(means)), low, high, len(logs))
+    middle = (means[len(means) // 2] + means[(len(means) - 1) // 2]) / 2
+    return Ratio(math.exp(middle), low, high, len(logs))
+
+
+_pairs = functools.cache(np.triu_indices)
 
 
 @functools.cache

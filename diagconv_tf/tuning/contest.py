@@ -37,7 +37,7 @@ from diagconv_tf.tuning.candidates import Variant
 from diagconv_tf.tuning.sample_batch import sample_batch
 
 #: Timed rounds of the variants that are left after their first samples.
-ROUNDS = 15
+ROUNDS = 31
 
 #: The rounds end after so many seconds, but not before those that a decision needs
 #: (`measurements.least_rounds`).
@@ -84,7 +84,7 @@ class TrainingSteps:
         self.batch = (x, y, sample_weight)
         self._is_built = False
         self._state: Any = None
-        self._initial: list[np.ndarray] | None = None
+        self._initial: list[tuple[keras.Variable, np.ndarray]] | None = None
 
     def run(self) -> tuple[Any, Any]:
         """Runs one step.
@@ -111,25 +111,24 @@ class TrainingSteps:
         self._build()
         self._state = None
         if self._initial is None:
+            model = self.model
+            if not model.optimizer.built:  # Only JAX needs it before the first step.
+                model.optimizer.build(model.trainable_variables)
+            variables = [
+                *model.trainable_variables,
+                *model.non_trainable_variables,
+                *model.optimizer.variables,
+                *model.metrics_variables,
+            ]
             # A copy: the arrays of a CPU may share memory with the variables.
-            self._initial = [np.array(ops.convert_to_numpy(v.value)) for v in self._variables()]
-            return
-        for variable, value in zip(self._variables(), self._initial, strict=True):
+            self._initial = [(v, np.array(ops.convert_to_numpy(v))) for v in variables]
+        for variable, value in self._initial:
             variable.assign(value)
 
     def _build(self) -> None:
         if not self._is_built:
             keras_internals.build_for_training(self.model, self.batch)
             self._is_built = True
-
-    def _variables(self) -> list[keras.Variable]:
-        model = self.model
-        return [
-            *model.trainable_variables,
-            *model.non_trainable_variables,
-            *model.optimizer.variables,
-            *model.metrics_variables,
-        ]
 
 
 class Contest:

@@ -274,11 +274,10 @@ class _Tuner:
         known = {} if self.refresh else self.cache.read(key)
         if known:
             passes = {p: {n: known[f"{p}/{n}"] for n in names} for p in PASSES}
-        elif self._seconds_left() <= 0:
-            return dataclasses.replace(measurements, reason="not measured: no time was left")
         else:
-            # A model that cannot be trained is refused before minutes of measuring.
-            _ = self._contest
+            _ = self._contest  # A model that cannot be trained is refused at once.
+            if self._seconds_left() <= 0:
+                return dataclasses.replace(measurements, reason="not measured: no time was left")
             passes = LayerBenchmark(workload, self.conditions, self.clock).measure(names)
             self._keep(
                 key, {f"{p}/{n}": m for p, found in passes.items() for n, m in found.items()}

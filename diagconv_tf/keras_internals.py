@@ -274,6 +274,13 @@ _GRADIENT_REGISTRY = PrivateName(
     'Lowerings "native" and "diagonal" for all passes work',
     backends=("tensorflow",),
 )
+_DETERMINISM = PrivateName(
+    "tensorflow.python.framework.config",
+    "is_op_determinism_enabled",
+    "tell whether TensorFlow's ops are deterministic",
+    "The layers work; `tune` and plans do not",
+    backends=("tensorflow",),
+)
 _JAX_COORDINATION = PrivateName(
     "jax._src.distributed",
     "global_state",
@@ -601,6 +608,11 @@ def forget_gradient_with_graph(tensor: Any) -> None:
     kept = weakref.ref(gradient)
     registry[name]["type"] = lambda *arguments: kept()(*arguments)
     weakref.finalize(graph, registry.pop, name, None)
+
+
+def is_tensorflow_deterministic() -> bool:
+    """Whether `tf.config.experimental.enable_op_determinism` was called."""
+    return _DETERMINISM.of_module()()
 
 
 def jax_coordination_client() -> Any:

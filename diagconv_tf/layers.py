@@ -10,7 +10,6 @@ two classes has; whichever class it meets, it computes the same function.
 from __future__ import annotations
 
 import inspect
-import numbers
 from typing import Any
 
 import keras

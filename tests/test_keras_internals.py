@@ -22,7 +22,7 @@ import pytest
 
 from diagconv_tf import StepTimer, backends, copying, distribution, inspect_model, keras_internals
 from diagconv_tf.keras_internals import PRIVATE_NAMES, MissingNameError, PrivateName
-from diagconv_tf.training_steps import TrainingSteps
+from diagconv_tf.tuning.contest import TrainingSteps
 from recipes import averaging
 from recipes.data.synthetic import repeated_batch
 

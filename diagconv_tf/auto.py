@@ -32,8 +32,8 @@ class Choice:
     Attributes:
         lowering: `"stock"` (leave the layer to Keras), or a layer's `lowering`.
         reason: why, in one line.
-        basis: `"measured"`; `"predicted"`, from a compiler's output without the
-            device; or `"unknown"`, and then `lowering` is `"stock"`.
+        basis: `"measured"`; `"predicted"`, from compiled code that was not run; or
+            `"unknown"`, and then `lowering` is `"stock"`.
     """
 
     lowering: str
@@ -62,9 +62,11 @@ class _Row:
         return here == there and self.stock_op in (None, stock_op)
 
 
+#: Bounds by memory traffic and instruction issue of what JAX compiles for an H100. Where
+#: cuDNN's depthwise kernels are far from their memory time, `"shifted"` may win all the same.
 _ON_GPU = (
-    "XLA's own estimate for an H100, never run: a step takes at least 7.52 ms stock, 8.34 shifted, "
-    "7.53 diagonal_grouped:32 (MobileNetV1, 224×224, batch 64, float32)"
+    "nothing was run: a step takes at least 7.52 ms stock, 8.34 shifted, 7.53 diagonal_grouped:32 "
+    "by the code that XLA makes for an H100 (MobileNetV1, 224×224, batch 64, float32)"
 )
 
 _TABLE = (

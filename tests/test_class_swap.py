@@ -1,6 +1,9 @@
 """Layers change class completely or not at all, and whatever other threads do meanwhile."""
 
 import contextlib
+import functools
+import inspect
+import sys
 import threading
 
 import h5py
@@ -23,7 +26,9 @@ from diagconv_tf import (
 )
 from diagconv_tf.class_swap import LayerState, instance_attribute
 from diagconv_tf.exporting.native import counted_depthwise_calls, native_convolutions
+from diagconv_tf.layers import LoweredLayer
 from diagconv_tf.model_tree import walk_layers
+from diagconv_tf.rules import find_rule
 from tests import model_zoo
 
 # What is tested here knows no backend.
@@ -326,6 +331,63 @@ def test_saving_and_loading_do_not_change_what_a_call_runs(monkeypatch, folder, 
     OPERATIONS[operation](model, folder, meanwhile)
     go.set()
     assert np.array_equal(inside[0].get(), wanted)
+
+
+def called_with(layer, inputs, change, line):
+    """The outputs of `layer.call`, with `change` made before that line of our layers' code.
+
+    As another thread would make it, but at a known moment. Also returned is the
+    number of lines.
+    """
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if frame.f_code.co_filename != inspect.getsourcefile(LoweredLayer):
+            return None
+        if event == "line":
+            count += 1
+            if count == line:
+                sys.settrace(None)
+                change()
+                sys.settrace(trace)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return np.array(layer.call(inputs)), count
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["native for a while", "stock for good"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.DepthwiseConv2D(3),
+        lambda: layers.SeparableConv2D(4, 3),
+        lambda: layers.Conv2D(4, 3, groups=4),
+    ],
+    ids=["depthwise", "separable", "grouped"],
+)
+def test_a_call_is_right_whenever_its_class_changes(make, change):
+    inputs = keras.Input((8, 8, 4))
+    model = rewrite(keras.Model(inputs, make()(inputs)), "native", in_place=True)
+    layer = model.layers[1]
+    ours, rule = LayerState.of(layer), find_rule(layer, DEFAULT_RULES)
+    x = keras.ops.convert_to_tensor(model_zoo.random_inputs(model))
+    wanted, lines = called_with(layer, x, None, None)
+    for line in range(1, lines + 1):
+        with contextlib.ExitStack() as stack:
+            if change == "native for a while":
+                swap = functools.partial(stack.enter_context, native_convolutions(model))
+            else:
+                swap = LayerState.by_rule(layer, rule, "stock").set
+            found, _ = called_with(layer, x, swap, line)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+        ours.set()
 
 
 def test_counts_are_those_of_the_own_thread(model):

@@ -8,7 +8,6 @@ by changing its class.
 from __future__ import annotations
 
 import inspect
-import numbers
 from typing import Any
 
 import keras
@@ -69,7 +68,7 @@ def layer_spec(layer: keras.layers.Layer, input_shape: tuple) -> ConvSpec:
         ValueError: if the input is too small for the kernel, or the groups
             do not fit the channels.
     """
-    sizes = [int(size) if isinstance(size, numbers.Integral) else None for size in input_shape]
+    sizes = [size if isinstance(size, int) else None for size in input_shape]
     if len(sizes) != 4:
         raise ValueError(
             f"Expected inputs of 4 dimensions ({layer.data_format}) for layer "
@@ -80,11 +79,6 @@ def layer_spec(layer: keras.layers.Layer, input_shape: tuple) -> ConvSpec:
         height, width, channels = image
     else:
         channels, height, width = image
-    if channels is None:
-        raise ValueError(
-            f"Expected a known number of input channels ({layer.data_format}) for layer "
-            f"'{layer.name}'. Received: input_shape={tuple(input_shape)}"
-        )
     if isinstance(layer, keras.layers.Conv2D):
         groups, multiplier = layer.groups, layer.filters // layer.groups
         if channels % groups:

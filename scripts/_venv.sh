@@ -1,4 +1,4 @@
-# Sourced by run and test: creates .venv if it is missing, and installs into it.
+# Sourced by run and test: makes .venv where it is missing and installs into it.
 # Usage: . scripts/_venv.sh; prepare EXTRAS
 prepare() {
     if [ ! -x .venv/bin/python ]; then
@@ -8,7 +8,7 @@ prepare() {
         }
         python3 -m venv .venv
     fi
-    # Reinstalls only if the metadata or the wanted extras changed.
+    # Installed anew only where the metadata or the wanted extras changed.
     local wanted=".venv/.installed-$1"
     if [ ! -e "$wanted" ] || [ setup.cfg -nt "$wanted" ] || [ pyproject.toml -nt "$wanted" ]; then
         .venv/bin/python -m pip install --quiet --editable ".[$1]"

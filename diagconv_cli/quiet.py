@@ -42,11 +42,17 @@ def silence_tensorflow_log() -> None:
 class _QuietTensorFlow:
     """Import hook: finds TensorFlow as usual, and filters stderr while it is loaded."""
 
+    def __init__(self) -> None:
+        self._asking = False
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != "tensorflow":
+        if name != "tensorflow" or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._asking = True  # The others, this time.
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 

@@ -284,7 +284,7 @@ def test_sizes_are_integers_of_any_kind_and_channels_are_known(data_format):
     assert all(type(size) is int for size in spec.input_shape)
     unknown = (1, 8, 8, None) if data_format == "channels_last" else (1, None, 8, 8)
     for convolution in (layer, DiagonalwiseConv2D(4, 3, groups=2, data_format=data_format)):
-        with pytest.raises(ValueError, match=r"known number of input channels.*Received"):
+        with pytest.raises(ValueError, match=r"known number of channels.*Received"):
             convolution.spec(unknown)
 
 

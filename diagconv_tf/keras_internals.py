@@ -13,7 +13,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -111,6 +111,13 @@ _NODES_BY_DEPTH = PrivateName("keras.Function()", "_nodes_by_depth", _COPYING, _
 _NODES = PrivateName("keras.Function()", "_nodes", _COPYING, _IN_PLACE)
 _VARIABLE_KEY = PrivateName("keras.optimizers.Optimizer", "_var_key", _COPYING, _IN_PLACE)
 _COMPILE_LOSS = PrivateName("keras.src.trainers.compile_utils", "CompileLoss", _COPYING, _IN_PLACE)
+_WITH_OTHER_FUNCTION = PrivateName(
+    "tensorflow.function()",
+    "_clone",
+    "copy a model with a `tf.function` that refers to it",
+    _IN_PLACE,
+    backends=("tensorflow",),
+)
 _LAYER_PATH = PrivateName("keras.Layer()", "_path", _COPYING, _IN_PLACE)
 _SUPPORTS_JIT = PrivateName(
     "keras.src.trainers.trainer",
@@ -316,6 +323,11 @@ def set_layer_path(layer: keras.Layer, path: str) -> None:
 def compile_loss_class() -> type:
     """The class of the object in which a model keeps the losses that `compile` was given."""
     return _COMPILE_LOSS.of_module()
+
+
+def with_other_function(compiled: Any, function: Callable) -> Any:
+    """An untraced `tf.function` of another Python function with the options of `compiled`."""
+    return _WITH_OTHER_FUNCTION.of(compiled)(function)
 
 
 def supports_jit(model: keras.Model) -> bool:

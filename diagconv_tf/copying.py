@@ -425,7 +425,8 @@ def _refusing(owner: Any, part: str) -> Iterator[None]:
         name = getattr(owner, "path", None) or getattr(owner, "name", "")
         raise _RefusedError(
             f"Expected a model that can be copied. Received: {part} of {type(owner).__name__} "
-            f"'{name}', which cannot be: {error}. Use `in_place=True` to change the model itself."
+            f"'{name}', which cannot be copied: {error}. Use `in_place=True` to change the model "
+            "itself."
         ) from error
 
 

@@ -62,7 +62,8 @@ def copy_model(model: keras.Model, *, distributed: bool = True) -> keras.Model:
     Code that refers to the model or to a part of it, at any depth, is copied so that
     it refers to the copy. One line of the log (level INFO) names it: a handle that the
     user keeps on such code, or on a list with parts of the model in it, is one on the
-    original's. A copied `functools.lru_cache` starts empty. A function that reads a
+    original's. A copied `functools.lru_cache` starts empty, a
+    copied `tf.function` untraced. A function that reads a
     part of the model from a global variable goes on reading the original's; a warning
     names it.
 
@@ -175,6 +176,8 @@ class _Copier:
             return self._copy_tensorflow_container
         if plain_objects.is_array(original):
             return self._copy_array
+        if plain_objects.is_tensorflow_function(original):
+            return self._copy_tensorflow_function
         return self._copy_by_reduction
 
     def _must_copy(self, original: Any) -> bool:
@@ -267,6 +270,11 @@ class _Copier:
     def _copy_cached_function(self, original: Any) -> Any:
         cached = functools.lru_cache(**original.cache_parameters())
         return self._remember(original, cached(self.copy(original.__wrapped__)))
+
+    def _copy_tensorflow_function(self, original: Any) -> Any:
+        function = self.copy(original.python_function)
+        # A trace has the original's variables in it. The copy is traced when it is called.
+        return self._remember(original, keras_internals.with_other_function(original, function))
 
     def _copy_weak_reference(self, original: weakref.ref) -> weakref.ref:
         reference = weakref.ref(self.copy(original()), self.copy(original.__callback__))
@@ -418,7 +426,8 @@ def _refusing(owner: Any, part: str) -> Iterator[None]:
         name = getattr(owner, "path", None) or getattr(owner, "name", "")
         raise _RefusedError(
             f"Expected a model that can be copied. Received: {part} of {type(owner).__name__} "
-            f"'{name}', which cannot be: {error}. Use `in_place=True` to change the model itself."
+            f"'{name}', which cannot be copied: {error}. Use `in_place=True` to change the model "
+            "itself."
         ) from error
 
 

@@ -19,7 +19,7 @@ import dataclasses
 import importlib
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -122,6 +122,13 @@ _NODES = PrivateName("keras.Function()", "_nodes", _COPYING, _IN_PLACE)
 # State that a copy must not take as it is.
 _VARIABLE_KEY = PrivateName("keras.optimizers.Optimizer", "_var_key", _COPYING, _IN_PLACE)
 _COMPILE_LOSS = PrivateName("keras.src.trainers.compile_utils", "CompileLoss", _COPYING, _IN_PLACE)
+_WITH_OTHER_FUNCTION = PrivateName(
+    "tensorflow.function()",
+    "_clone",
+    "copy a model with a `tf.function` that refers to it",
+    _IN_PLACE,
+    backends=("tensorflow",),
+)
 _LAYER_PATH = PrivateName("keras.Layer()", "_path", _COPYING, _IN_PLACE)
 _LOSSES = PrivateName("keras.Layer()", "_losses", _COPYING, _IN_PLACE)
 _LOSS_IDS = PrivateName("keras.Layer()", "_loss_ids", _COPYING, _IN_PLACE)
@@ -461,6 +468,11 @@ def compile_loss_class() -> type:
 def global_state() -> dict[str, Any]:
     """What Keras keeps for this thread: counters of names, the global seed generator, scopes."""
     return vars(_GLOBAL_STATE.of_module())
+
+
+def with_other_function(compiled: Any, function: Callable) -> Any:
+    """An untraced `tf.function` of another Python function with the options of `compiled`."""
+    return _WITH_OTHER_FUNCTION.of(compiled)(function)
 
 
 def supports_jit(model: keras.Model) -> bool:

@@ -239,6 +239,8 @@ class Ownership:
             return _parts_of_tensorflow_container
         if plain_objects.is_array(value):
             return _parts_of_array
+        if plain_objects.is_tensorflow_function(value):
+            return lambda compiled: [compiled.python_function]
         return _parts_of_other_object
 
     def _parts_of_keras_object(self, value: Any) -> list[Any]:

@@ -58,6 +58,12 @@ def is_constant(value: Any) -> bool:
     return bool(jax and isinstance(value, (jax.Device, jax.sharding.Sharding, jax.sharding.Mesh)))
 
 
+def is_tensorflow_function(value: Any) -> bool:
+    """Whether `value` is a `tf.function`."""
+    tf = sys.modules.get("tensorflow")
+    return bool(tf and isinstance(value, tf.types.experimental.PolymorphicFunction))
+
+
 def is_importable(value: Any) -> bool:
     """Whether the module of `value` holds it under its name."""
     name = getattr(value, "__qualname__", None)

@@ -46,7 +46,7 @@ def forward(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
         # The depthwise op takes one stride for both axes.
         return _forward_then_subsample(spec, inputs, kernel, stride)
     if spec.is_depthwise:
-        return _depthwise_conv2d(spec, inputs, kernel)
+        return _depthwise_conv2d(spec, inputs, _zeros_without_images(inputs, kernel))
     if spec.groups > 1 and not _has_grouped_gradients(spec.compute_dtype):
         return _compiled_conv2d(spec, inputs, kernel)
     return _conv2d(spec, inputs, kernel)
@@ -61,6 +61,26 @@ def input_gradient(spec: ConvSpec, output_gradient: Any, kernel: Any, input_shap
 def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
     kernel = tf.zeros(spec.kernel_shape, inputs.dtype)
     return _transpose(lambda k: forward(spec, inputs, k), kernel, output_gradient)
+
+
+def with_images(
+    function: Callable[..., Any], empty_shape: Callable[[], tuple], inputs: Any, *others: Any
+) -> Any:
+    """As `backends.Backend` says.
+
+    `Conv2DBackpropFilter` on a CPU fails on an empty batch with some of its kernels
+    ('Missing 1-th output'). XLA knows the batch and has no such kernels.
+    """
+    images = _number_of_images(inputs)
+    if images is None:
+        return function(inputs, *others)
+
+    def without_images() -> Any:
+        # The sum of no elements of each operand, whose gradients are so zero, not None.
+        nothing = tf.add_n([tf.reduce_sum(operand[:0]) for operand in (inputs, *others)])
+        return tf.zeros(empty_shape(), inputs.dtype) + nothing
+
+    return tf.cond(images > 0, lambda: function(inputs, *others), without_images)
 
 
 def differentiable(passes: Passes, inputs: Any, kernel: Any) -> Any:
@@ -158,6 +178,23 @@ def _traced_once(function: Callable[..., Any], *arguments: Any) -> Any:
     if key not in functions:
         functions[key] = tf.function(function, autograph=False)
     return functions[key](*arguments)
+
+
+def _number_of_images(inputs: Any) -> Any:
+    """A scalar tensor where `inputs` may be an empty batch on a CPU; None elsewhere."""
+    if inputs.shape[0] or default_device()[0] != "cpu" or is_compiled_for_cpu():
+        return None
+    return tf.shape(inputs)[0]
+
+
+def _zeros_without_images(inputs: Any, kernel: Any) -> Any:
+    """`kernel`, and zeros where there are no images.
+
+    So its gradient is zero there. The depthwise op's own is memory that nobody has
+    written (TensorFlow 2.21, CPU).
+    """
+    images = _number_of_images(inputs)
+    return kernel if images is None else tf.where(images > 0, kernel, tf.zeros_like(kernel))
 
 
 def _depthwise_conv2d(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:

@@ -91,7 +91,7 @@ def differentiable(passes: Passes, inputs: Any, kernel: Any) -> Any:
                 _kernel_gradient_pass(passes, inputs, g),
             )
 
-        return _traced_once(passes.forward, inputs, kernel), vjp
+        return _traced_once(passes, "forward", inputs, kernel), vjp
 
     return _with_gradient(forward_and_vjp, inputs, kernel)
 
@@ -106,7 +106,7 @@ def _input_gradient_pass(
                 _kernel_gradient_pass(passes, g, output_gradient),
             )
 
-        return _traced_once(passes.input_gradient, output_gradient, kernel, input_shape), vjp
+        return _traced_once(passes, "input_gradient", output_gradient, kernel, input_shape), vjp
 
     return _with_gradient(gradient_and_vjp, output_gradient, kernel)
 
@@ -119,7 +119,7 @@ def _kernel_gradient_pass(passes: Passes, inputs: Any, output_gradient: Any) -> 
                 differentiable(passes, inputs, g),
             )
 
-        return _traced_once(passes.kernel_gradient, inputs, output_gradient), vjp
+        return _traced_once(passes, "kernel_gradient", inputs, output_gradient), vjp
 
     return _with_gradient(gradient_and_vjp, inputs, output_gradient)
 
@@ -156,16 +156,18 @@ def is_compiled_for_cpu() -> bool:
     return in_xla and default_device()[0] == "cpu"
 
 
-def _traced_once(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`; a graph calls it instead of having its operations each time.
+def _traced_once(passes: Passes, name: str, *arguments: Any) -> Any:
+    """A pass; a graph calls it instead of having its operations for each layer.
 
     TensorFlow takes a millisecond to trace an operation, and a network has the
     same convolution many times. What XLA compiles has all operations in place again.
 
     Args:
-        function: equal and hashable by what it computes.
+        passes: the passes.
+        name: which of them.
         *arguments: tensors and sizes.
     """
+    function = getattr(passes, name)
     graph = tf.compat.v1.get_default_graph()
     if tf.executing_eagerly() or not graph.building_function:
         return function(*arguments)
@@ -174,7 +176,8 @@ def _traced_once(function: Callable[..., Any], *arguments: Any) -> Any:
     if functions is None:
         functions = graph._diagconv_tf_functions = {}
     # One for each context: inside, `is_compiled_for_cpu` is asked.
-    key = (function, keras_internals.is_traced_for_xla(graph))
+    # Not by `function`: methods of equal values are not equal.
+    key = (passes, name, keras_internals.is_traced_for_xla(graph))
     if key not in functions:
         functions[key] = tf.function(function, autograph=False)
     return functions[key](*arguments)

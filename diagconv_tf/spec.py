@@ -31,7 +31,7 @@ def same_padding(size: Any, kernel_size: int, stride: int, dilation: int) -> tup
         size: input size; an int or, for an unknown size, a scalar tensor.
         kernel_size: taps along the axis.
         stride: stride along the axis.
-        dilation: distance between shift_geometry.
+        dilation: distance between taps.
 
     Returns:
         `(before, after)`, of the type of `size`. The odd zero goes after, as
@@ -50,7 +50,7 @@ def same_padding(size: Any, kernel_size: int, stride: int, dilation: int) -> tup
 
 @dataclasses.dataclass(frozen=True)
 class ConvSpec:
-    """One grouped 2-D convolution as a problem to be solved.
+    """One grouped 2-D convolution: the workload of a layer.
 
     Shapes, in the `"channels_last"` format:
 
@@ -68,7 +68,7 @@ class ConvSpec:
         groups: number of groups; every group reads its own channels only.
         input_channels_per_group: 1 for depthwise convolutions.
         output_channels_per_group: the depth multiplier for depthwise ones.
-        kernel_size: `(kh, kw)`, shift_geometry.
+        kernel_size: `(kh, kw)`, in taps.
         strides: `(vertical, horizontal)`.
         dilation_rate: `(vertical, horizontal)`.
         padding: `"valid"` or `"same"`.
@@ -218,10 +218,10 @@ class ConvSpec:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ConvSpec:
-        """The problem whose attributes are `fields`, in JSON's types.
+        """The workload whose attributes are `fields`, in JSON's types.
 
         Raises:
-            TypeError, ValueError: if they are not a problem's.
+            TypeError, ValueError: if they are not a workload's.
         """
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 

@@ -397,6 +397,109 @@ def test_the_package_works_without_importing_tensorflow():
     )
 
 
+INPUT_DTYPES = ("uint8", "int32", "bool", "float16", "bfloat16", "float32", "float64")
+
+
+@pytest.mark.parametrize("lowering", ["native", "diagonal:4", "shifted", PER_PASS], ids=str)
+@pytest.mark.parametrize("name", ["depthwise", "separable", "grouped"])
+def test_inputs_of_every_dtype_give_what_stock_gives(name, lowering):
+    """Stock's dtype and numbers, or a refusal where stock refuses."""
+    ours, stock, arguments, channels = LAYERS[name]
+    for autocast, dtype in ((True, "mixed_float16"), (False, "float32"), (False, "bfloat16")):
+        settings = {"autocast": autocast, "dtype": dtype, "activation": None}
+        arguments = {**arguments, **settings}
+        other = stock(**arguments)
+        own = ours(lowering=lowering, **arguments)
+        for layer in (own, other):
+            layer.build((2, 9, 8, channels))
+        own.set_weights(other.get_weights())
+        for input_dtype in INPUT_DTYPES:
+            x = keras.ops.cast(10 * np.abs(images(arguments, channels)), input_dtype)
+            case = f"{input_dtype} inputs, dtype={dtype}, autocast={autocast}"
+            try:
+                wanted = other(x)
+            except Exception:
+                with pytest.raises(TypeError, match="Expected inputs of the kernel's dtype"):
+                    own(x)
+                continue
+            outputs = own(x)
+            assert outputs.dtype == wanted.dtype, case
+            value, want = (
+                np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(t, "float32")), "float64")
+                for t in (outputs, wanted)
+            )
+            error = np.linalg.norm(value - want) / np.linalg.norm(want)
+            assert error <= (1e-5 if dtype == "float32" else 3e-2), case
+
+
+class TestSettingTheLowering:
+    def test_what_the_built_layer_cannot_do_is_refused_and_not_taken(self):
+        layer = DiagonalwiseDepthwiseConv2D(3, name="dw", lowering="diagonal:4")
+        layer.build((None, 8, 8, 40))
+        with pytest.raises(ValueError, match=r"'dw' cannot be computed with .*grouped:32.*40"):
+            layer.lowering = "diagonal_grouped:32"
+        assert layer.lowering == "diagonal:4"
+        again = DiagonalwiseDepthwiseConv2D.from_config(layer.get_config())
+        again.build((None, 8, 8, 40))
+
+    @layer_cases
+    def test_says_once_what_must_be_compiled_again(
+        self, ours, stock, arguments, channels, monkeypatch
+    ):
+        lines = []
+        monkeypatch.setattr(
+            "absl.logging.warning", lambda text, *values: lines.append(text % values)
+        )
+        layer = ours(lowering="diagonal:4", **arguments)
+        layer.lowering = "dense"
+        assert lines == []
+        layer.build(images(arguments, channels).shape)
+        layer.lowering = "dense"
+        assert lines == []
+        layer.lowering = "shifted"
+        assert len(lines) == 1
+        for words in (layer.name, "'shifted'", "'dense'", "`model.compile`"):
+            assert words in lines[0]
+
+    def test_compile_again_takes_it_in(self):
+        seen = []
+        model = keras.Sequential(
+            [keras.Input((6, 6, 4)), DiagonalwiseDepthwiseConv2D(3, lowering="dense")]
+        )
+        model.compile("sgd", "mse")
+        x, y = np.ones((2, 6, 6, 4)), np.ones((2, 4, 4, 4))
+        from diagconv_tf.lowerings.shifted import Shifted
+
+        forward = Shifted.forward
+
+        def spy(self, *args):
+            seen.append(args)
+            return forward(self, *args)
+
+        model.fit(x, y, verbose=0)
+        model.layers[0].lowering = "shifted"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Shifted, "forward", spy)
+            model.compile("sgd", "mse")
+            model.fit(x, y, verbose=0)
+        assert seen
+
+
+@layer_cases
+def test_a_call_is_right_with_whichever_class_it_meets(ours, stock, arguments, channels):
+    """The class changes while the layer is inside its call, as by another thread."""
+    own, other, x = pair(ours, stock, arguments, channels, "shifted")
+    wanted = keras.ops.convert_to_numpy(by_stock(other, x))
+    own_call = type(own).call
+    vars(own).pop("_lowering")
+    own.__class__ = stock
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(own_call(own, keras.ops.convert_to_tensor(x))),
+        wanted,
+        atol=1e-4,
+    )
+
+
 def test_public_names():
     for name in diagconv_tf.__all__:
         assert getattr(diagconv_tf, name).__doc__

@@ -255,6 +255,82 @@ def test_no_images_at_all(lowering):
     assert not dk.any()
 
 
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("jit_compile", [None, False, True], ids=["eager", "graph", "xla"])
+@pytest.mark.parametrize("lowering", cases.LOWERINGS.values(), ids=cases.LOWERINGS)
+@pytest.mark.parametrize("name", ["stride 2 same odd", "groups of 2"])
+def test_a_batch_of_none_where_the_batch_is_unknown(name, lowering, jit_compile):
+    """An uneven last batch leaves a replica without images."""
+    import tensorflow as tf
+
+    spec = cases.NAMED[name].replace(batch=None)
+    if why_not(spec, lowering):
+        pytest.skip("; ".join(why_not(spec, lowering)))
+
+    def results(x, k):
+        with tf.GradientTape() as tape:
+            tape.watch([x, k])
+            y = convolve(spec, parse(lowering), x, k)
+            loss = tf.reduce_sum(y * y)
+        return y, *tape.gradient(loss, [x, k])
+
+    if jit_compile is not None:
+        signature = [tf.TensorSpec(spec.input_shape), tf.TensorSpec(spec.kernel_shape)]
+        results = tf.function(results, input_signature=signature, jit_compile=jit_compile)
+    y, dx, dk = results(tf.zeros((0, *spec.input_shape[1:])), tf.fill(spec.kernel_shape, 2.0))
+    assert y.shape == (0, *spec.output_shape[1:])
+    assert dx.shape == (0, *spec.input_shape[1:])
+    np.testing.assert_array_equal(dk, np.zeros(spec.kernel_shape))
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("lowering", cases.LOWERINGS.values(), ids=cases.LOWERINGS)
+def test_nothing_outlives_the_graph_it_was_traced_for(lowering):
+    import gc
+    import weakref
+
+    import tensorflow as tf
+
+    spec = cases.NAMED["plain"]
+    graphs = []
+
+    @tf.function(autograph=False)
+    def gradients(x, k):
+        graphs.append(weakref.ref(tf.compat.v1.get_default_graph()))
+        with tf.GradientTape() as tape:
+            tape.watch([x, k])
+            y = convolve(spec, parse(lowering), x, k)
+        return tape.gradient(y, [x, k])
+
+    gradients(tf.ones(spec.input_shape), tf.ones(spec.kernel_shape))
+    del gradients
+    gc.collect()
+    assert [graph() for graph in graphs] == [None]
+
+
+@pytest.mark.backends("tensorflow")
+def test_a_pass_is_traced_once_for_all_layers_of_a_graph(monkeypatch):
+    import tensorflow as tf
+
+    from diagconv_tf.lowerings import Shifted
+
+    calls = []
+    forward = Shifted.forward
+    monkeypatch.setattr(
+        Shifted, "forward", lambda self, *args: calls.append(1) or forward(self, *args)
+    )
+    spec = cases.NAMED["same"]
+
+    @tf.function(autograph=False)
+    def three_layers(x, k):
+        for _ in range(3):
+            x = convolve(spec, parse("shifted"), x, k)
+        return x
+
+    three_layers(tf.ones(spec.input_shape), tf.ones(spec.kernel_shape))
+    assert len(calls) == 1
+
+
 def test_a_bad_channel_spreads_within_its_block_alone():
     spec = ConvSpec(1, 5, 5, 8)
     x, k, _ = random_problem(spec)

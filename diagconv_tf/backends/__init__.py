@@ -70,6 +70,23 @@ class Backend(Protocol):
 
     def kernel_gradient(self, spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any: ...
 
+    def with_images(
+        self,
+        function: Callable[..., Any],
+        empty_shape: Callable[[], tuple],
+        inputs: Any,
+        *others: Any,
+    ) -> Any:
+        """`function(inputs, *others)`; zeros of `empty_shape` where a batch without
+        images would fail.
+
+        Args:
+            function: of `inputs` and `others`, returns a tensor of their dtype.
+            empty_shape: returns the result's shape for a batch of 0.
+            inputs: tensor, whose first axis is the batch.
+            *others: more arguments.
+        """
+
     def differentiable(self, passes: Passes, inputs: Any, kernel: Any) -> Any:
         """`passes.forward(inputs, kernel)`, with the other two passes as its derivatives."""
 

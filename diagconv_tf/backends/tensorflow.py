@@ -46,7 +46,7 @@ def forward(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
         # The depthwise op takes one stride for both axes.
         return _forward_then_subsample(spec, inputs, kernel, stride)
     if spec.is_depthwise:
-        return _depthwise_conv2d(spec, inputs, kernel)
+        return _depthwise_conv2d(spec, inputs, _zeros_without_images(inputs, kernel))
     if spec.groups > 1 and not _has_grouped_gradients(spec.compute_dtype):
         return _compiled_conv2d(spec, inputs, kernel)
     return _conv2d(spec, inputs, kernel)
@@ -63,6 +63,26 @@ def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
     return _transpose(lambda k: forward(spec, inputs, k), kernel, output_gradient)
 
 
+def with_images(
+    function: Callable[..., Any], empty_shape: Callable[[], tuple], inputs: Any, *others: Any
+) -> Any:
+    """As `backends.Backend` says.
+
+    `Conv2DBackpropFilter` on a CPU fails on an empty batch with some of its kernels
+    ('Missing 1-th output'). XLA knows the batch and has no such kernels.
+    """
+    images = _number_of_images(inputs)
+    if images is None:
+        return function(inputs, *others)
+
+    def without_images() -> Any:
+        # The sum of no elements of each operand, whose gradients are so zero, not None.
+        nothing = tf.add_n([tf.reduce_sum(operand[:0]) for operand in (inputs, *others)])
+        return tf.zeros(empty_shape(), inputs.dtype) + nothing
+
+    return tf.cond(images > 0, lambda: function(inputs, *others), without_images)
+
+
 def differentiable(passes: Passes, inputs: Any, kernel: Any) -> Any:
     def forward_and_vjp(inputs: Any, kernel: Any) -> tuple:
         def vjp(g: Any) -> tuple:
@@ -71,7 +91,7 @@ def differentiable(passes: Passes, inputs: Any, kernel: Any) -> Any:
                 _kernel_gradient_pass(passes, inputs, g),
             )
 
-        return _traced_once(passes.forward, inputs, kernel), vjp
+        return _traced_once(passes, "forward", inputs, kernel), vjp
 
     return _with_gradient(forward_and_vjp, inputs, kernel)
 
@@ -86,7 +106,7 @@ def _input_gradient_pass(
                 _kernel_gradient_pass(passes, g, output_gradient),
             )
 
-        return _traced_once(passes.input_gradient, output_gradient, kernel, input_shape), vjp
+        return _traced_once(passes, "input_gradient", output_gradient, kernel, input_shape), vjp
 
     return _with_gradient(gradient_and_vjp, output_gradient, kernel)
 
@@ -99,7 +119,7 @@ def _kernel_gradient_pass(passes: Passes, inputs: Any, output_gradient: Any) -> 
                 differentiable(passes, inputs, g),
             )
 
-        return _traced_once(passes.kernel_gradient, inputs, output_gradient), vjp
+        return _traced_once(passes, "kernel_gradient", inputs, output_gradient), vjp
 
     return _with_gradient(gradient_and_vjp, inputs, output_gradient)
 
@@ -136,16 +156,18 @@ def is_compiled_for_cpu() -> bool:
     return in_xla and default_device()[0] == "cpu"
 
 
-def _traced_once(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`; a graph calls it instead of having its operations each time.
+def _traced_once(passes: Passes, name: str, *arguments: Any) -> Any:
+    """A pass; a graph calls it instead of having its operations for each layer.
 
     TensorFlow takes a millisecond to trace an operation, and a network has the
     same convolution many times. What XLA compiles has all operations in place again.
 
     Args:
-        function: equal and hashable by what it computes.
+        passes: the passes.
+        name: which of them.
         *arguments: tensors and sizes.
     """
+    function = getattr(passes, name)
     graph = tf.compat.v1.get_default_graph()
     if tf.executing_eagerly() or not graph.building_function:
         return function(*arguments)
@@ -154,10 +176,28 @@ def _traced_once(function: Callable[..., Any], *arguments: Any) -> Any:
     if functions is None:
         functions = graph._diagconv_tf_functions = {}
     # One for each context: inside, `is_compiled_for_cpu` is asked.
-    key = (function, keras_internals.is_traced_for_xla(graph))
+    # Not by `function`: methods of equal values are not equal.
+    key = (passes, name, keras_internals.is_traced_for_xla(graph))
     if key not in functions:
         functions[key] = tf.function(function, autograph=False)
     return functions[key](*arguments)
+
+
+def _number_of_images(inputs: Any) -> Any:
+    """A scalar tensor where `inputs` may be an empty batch on a CPU; None elsewhere."""
+    if inputs.shape[0] or default_device()[0] != "cpu" or is_compiled_for_cpu():
+        return None
+    return tf.shape(inputs)[0]
+
+
+def _zeros_without_images(inputs: Any, kernel: Any) -> Any:
+    """`kernel`, and zeros where there are no images.
+
+    So its gradient is zero there. The depthwise op's own is memory that nobody has
+    written (TensorFlow 2.21, CPU).
+    """
+    images = _number_of_images(inputs)
+    return kernel if images is None else tf.where(images > 0, kernel, tf.zeros_like(kernel))
 
 
 def _depthwise_conv2d(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -75,6 +76,13 @@ def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
         **_window_arguments(spec),
     )
     return gradient.permute(2, 3, 1, 0)
+
+
+def with_images(
+    function: Callable[..., Any], empty_shape: Callable[[], tuple], inputs: Any, *others: Any
+) -> Any:
+    # A batch of 0 is like any other here.
+    return function(inputs, *others)
 
 
 def differentiable(passes: Passes, inputs: Any, kernel: Any) -> Any:
@@ -198,9 +206,16 @@ def _to_oihw(kernel: Any, like: Any) -> Any:
     # PyTorch 2.13 then refuses the kernel gradient of a single image on a CPU:
     # "slow_conv2d: grad_weight must be contiguous".
     one_output = kernel.shape[0] == 1
-    if like.is_contiguous(memory_format=torch.channels_last) and not one_output:
+    if _is_channels_last(like) and not one_output:
         return kernel.contiguous(memory_format=torch.channels_last)
     return kernel.contiguous()
+
+
+def _is_channels_last(tensor: Any) -> bool:
+    try:
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+    except RuntimeError:
+        return False  # Inside `vmap` PyTorch cannot tell.
 
 
 def _pad(spec: ConvSpec, inputs: Any) -> tuple[Any, tuple[int, int]]:

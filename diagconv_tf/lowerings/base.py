@@ -59,12 +59,12 @@ class Lowering(abc.ABC):
         """The derivative by the kernel."""
 
     @abc.abstractmethod
-    def uses_tf32(self, spec: ConvSpec) -> bool:
-        """Whether a device that has TensorFloat-32 may compute `spec` with it.
+    def runs_standard_convolutions(self, spec: ConvSpec) -> bool:
+        """Whether it computes `spec` by standard or grouped convolutions.
 
-        Frameworks round the factors of float32 matrix products and of standard
-        and grouped convolutions so, where the user has not switched it off; they
-        do not do it in elementwise work and in depthwise kernels of their own.
+        Frameworks compute these in TensorFloat-32 where the device has it and
+        the user has not switched it off. They do not do so in elementwise work
+        and in depthwise kernels of their own.
         """
 
     def tolerance(self, spec: ConvSpec, pass_name: Pass, allows_tf32: bool) -> float:
@@ -85,7 +85,7 @@ class Lowering(abc.ABC):
             spec: the workload; unknown sizes count as 1.
             pass_name: the pass.
             allows_tf32: whether the device has TensorFloat-32, switched on.
-                It matters where `uses_tf32` says so, in float32.
+                It matters in float32, for standard and grouped convolutions.
         """
         terms = {
             "forward": math.prod(spec.kernel_size) * spec.input_channels_per_group,
@@ -94,7 +94,8 @@ class Lowering(abc.ABC):
         }[pass_name]
         rounded = _ROUNDOFF[spec.compute_dtype]
         summed = min(rounded, _ROUNDOFF["float32"])
-        if spec.compute_dtype == "float32" and allows_tf32 and self.uses_tf32(spec):
+        uses_tf32 = allows_tf32 and self.runs_standard_convolutions(spec)
+        if spec.compute_dtype == "float32" and uses_tf32:
             rounded = _TF32_ROUNDOFF
         return 16 * rounded + 4 * math.sqrt(terms) * summed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -146,7 +147,11 @@ def convolve(spec: ConvSpec, choice: LoweringChoice, inputs: Any, kernel: Any) -
         outputs = convolve(moved, choice, _transpose(inputs, layout), kernel)
         return _transpose(outputs, spec.data_format)
     if isinstance(choice, UniformChoice) and not choice.lowering.has_own_gradients:
-        return choice.lowering.forward(spec, inputs, kernel)
+        forward = functools.partial(choice.lowering.forward, spec)
+        if not choice.lowering.runs_standard_convolutions(spec):
+            return forward(inputs, kernel)
+        shape = functools.partial(_empty_output_shape, spec, inputs)
+        return backend.with_images(forward, shape, inputs, kernel)
     return backend.differentiable(_Passes(spec, choice), inputs, kernel)
 
 
@@ -166,7 +171,21 @@ class _Passes:
 
     def kernel_gradient(self, inputs: Any, output_gradient: Any) -> Any:
         lowering = self.choice.for_pass("kernel_gradient")
-        return lowering.kernel_gradient(self.spec, inputs, output_gradient)
+        gradient = functools.partial(lowering.kernel_gradient, self.spec)
+        if not lowering.runs_standard_convolutions(self.spec):
+            return gradient(inputs, output_gradient)
+        return backends.current().with_images(
+            gradient, lambda: self.spec.kernel_shape, inputs, output_gradient
+        )
+
+
+def _empty_output_shape(spec: ConvSpec, inputs: Any) -> tuple:
+    """The shape of the outputs for a batch of 0; sizes as in `keras.ops.shape(inputs)`."""
+    shape = list(keras.ops.shape(inputs))
+    shape[0], shape[spec.channel_axis] = 0, spec.output_channels
+    for index, axis in enumerate(spec.spatial_axes):
+        shape[axis] = spec.output_length(index, shape[axis])
+    return tuple(shape)
 
 
 def _transpose(tensor: Any, data_format: str) -> Any:

@@ -155,7 +155,7 @@ class Diagonal(Lowering):
         ]
         return _concatenate(gradients, axis=3)
 
-    def uses_tf32(self, spec: ConvSpec) -> bool:
+    def runs_standard_convolutions(self, spec: ConvSpec) -> bool:
         return True
 
 
@@ -203,7 +203,7 @@ class DiagonalGrouped(Lowering):
         gradient = _NATIVE.kernel_gradient(merged(spec, block), inputs, output_gradient)
         return from_diagonal(spec, gradient, block)
 
-    def uses_tf32(self, spec: ConvSpec) -> bool:
+    def runs_standard_convolutions(self, spec: ConvSpec) -> bool:
         return True
 
 

@@ -24,6 +24,7 @@ def sum_row_by_row(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any:
         `(kernel rows, kernel columns * input channels of a group, groups, outputs of a
         group)`, with axes of size 1 between them.
     """
+    padded, output_gradient = _with_an_image(padded), _with_an_image(output_gradient)
     _, width = geometry.spatial_sizes(spec, output_gradient)
     # With 16 to 32 channels 3 times faster, else no faster (JAX, 2 cores, 3x3 and 5x5).
     one_to_one = spec.input_channels_per_group == spec.output_channels_per_group == 1
@@ -40,6 +41,17 @@ def sum_row_by_row(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any:
     sums = ops.stack([ops.sum(ops.reshape(t, shape), axis=(0, horizontal)) for t in totals])
     # (columns * channels, kernel rows, groups, outputs), or rows last.
     return ops.moveaxis(sums, 1 if spec.channel_axis == 3 else 3, 0)
+
+
+def _with_an_image(tensor: Any) -> Any:
+    """`tensor`, with an image of zeros where it has none.
+
+    XLA refuses to slice an image out of none, also in a loop that never runs.
+    """
+    if tensor.shape[0]:
+        return tensor
+    missing = ops.maximum(1 - ops.shape(tensor)[0], 0)
+    return ops.pad(tensor, ((0, missing), (0, 0), (0, 0), (0, 0)))
 
 
 def _totals_of_flat_rows(spec: ConvSpec, padded: Any, output_gradient: Any) -> tuple:

@@ -51,7 +51,8 @@ def _with_an_image(tensor: Any) -> Any:
     """
     if tensor.shape[0]:
         return tensor
-    missing = ops.maximum(1 - ops.shape(tensor)[0], 0)
+    images = tensor.shape[0]
+    missing = 1 if images == 0 else ops.maximum(1 - ops.shape(tensor)[0], 0)
     return backends.current().pad(tensor, [(0, missing), (0, 0), (0, 0), (0, 0)])
 
 

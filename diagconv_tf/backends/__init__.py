@@ -107,6 +107,13 @@ class Backend(Protocol):
     def split(self, tensor: Any, sizes: list[int], axis: int) -> list[Any]:
         """Parts of `tensor`, of `sizes` along `axis`."""
 
+    def pad(self, tensor: Any, widths: list) -> Any:
+        """Zeros around `tensor`, `(before, after)` for each axis; ints or scalar tensors.
+
+        Not `keras.ops.pad`: it names an object in every call, which PyTorch's
+        compiler refuses inside a custom gradient.
+        """
+
     def interior_pad(self, values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
         """Zeros, `stride` times as many along each of two axes, but for element
         i of `values` at `i * stride + offset`.

@@ -130,6 +130,10 @@ def split(tensor: Any, sizes: list[int], axis: int) -> list[Any]:
     return list(lax.split(tensor, sizes, axis))
 
 
+def pad(tensor: Any, widths: list) -> Any:
+    return jnp.pad(tensor, widths)
+
+
 def interior_pad(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
     padding = [(0, 0, 0)] * values.ndim
     for axis, stride, offset in zip(axes, strides, offsets, strict=True):

@@ -140,6 +140,10 @@ def split(tensor: Any, sizes: list[int], axis: int) -> list[Any]:
     return tf.split(tensor, sizes, axis)
 
 
+def pad(tensor: Any, widths: list) -> Any:
+    return tf.pad(tensor, widths)
+
+
 def interior_pad(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
     for axis, stride, offset in zip(axes, strides, offsets, strict=True):
         shape = list(_shape(values))

@@ -181,6 +181,11 @@ def split(tensor: Any, sizes: list[int], axis: int) -> list[Any]:
     return list(torch.split(tensor, sizes, axis))
 
 
+def pad(tensor: Any, widths: list) -> Any:
+    # PyTorch begins with the last axis.
+    return functional.pad(tensor, [n for pair in reversed(widths) for n in pair])
+
+
 def interior_pad(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
     shape = list(values.shape)
     steps = [slice(None)] * values.ndim

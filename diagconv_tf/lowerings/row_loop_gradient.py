@@ -13,6 +13,7 @@ from typing import Any
 
 from keras import ops
 
+from diagconv_tf import backends
 from diagconv_tf.lowerings import shift_geometry as geometry
 from diagconv_tf.spec import ConvSpec
 
@@ -50,8 +51,9 @@ def _with_an_image(tensor: Any) -> Any:
     """
     if tensor.shape[0]:
         return tensor
-    missing = ops.maximum(1 - ops.shape(tensor)[0], 0)
-    return ops.pad(tensor, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    images = tensor.shape[0]
+    missing = 1 if images == 0 else ops.maximum(1 - ops.shape(tensor)[0], 0)
+    return backends.current().pad(tensor, [(0, missing), (0, 0), (0, 0), (0, 0)])
 
 
 def _totals_of_flat_rows(spec: ConvSpec, padded: Any, output_gradient: Any) -> tuple:

@@ -32,7 +32,7 @@ def pad(spec: ConvSpec, tensor: Any, padding: Any) -> Any:
     widths: list[Any] = [(0, 0)] * 4
     for axis, pair in zip(spec.spatial_axes, padding, strict=True):
         widths[axis] = tuple(pair)
-    return ops.pad(tensor, widths)
+    return backends.current().pad(tensor, widths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def reads_of_gradient(
     strides = spec.strides
     if strides != (1, 1) and not all(isinstance(before, int) for before, _ in padding):
         # Which taps a phase meets depends on the pad, and that on a size that is
-        # not known: with zeros between the outputs it is a problem of stride 1.
+        # not known. With zeros between the outputs the stride is 1.
         output_gradient = backends.current().interior_pad(
             output_gradient, spec.spatial_axes, strides, (0, 0)
         )

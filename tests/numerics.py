@@ -6,7 +6,9 @@ import os
 import keras
 import numpy as np
 
+from diagconv_tf import backends
 from diagconv_tf.lowerings import convolve, parse
+from diagconv_tf.spec import PASSES
 from tests import reference
 
 BACKEND = keras.backend.backend()
@@ -73,20 +75,30 @@ def run_lowering(spec, lowering, x, k, g, mode="eager", dtype=None):
     return vector_jacobian(functools.partial(convolve, spec, parse(lowering)), (x, k), g, mode)
 
 
-def assert_close(values, wanted, tolerance, scales=None):
+def tolerances(spec, lowering):
+    """For each pass, the relative error that the lowering allows on this device."""
+    choice = parse(lowering)
+    allows_tf32 = backends.current().default_device()[0] == "gpu"
+    return [choice.for_pass(name).tolerance(spec, name, allows_tf32) for name in PASSES]
+
+
+def assert_close(values, wanted, tolerances, scales=None):
     """`‖value - wanted‖ <= tolerance * ‖scale‖` for each of the three results.
 
     Args:
+        tolerances: one for each result, or one for all.
         scales: what the error is relative to; `wanted` where None. Sums that
             cancel need `expected` of the absolute values, to which rounding
             errors are proportional.
     """
     names = ("outputs", "input gradient", "kernel gradient")
-    for name, value, want, scale in zip(names, values, wanted, scales or wanted, strict=True):
+    limits = np.broadcast_to(tolerances, len(names))
+    rows = zip(names, values, wanted, scales or wanted, limits, strict=True)
+    for name, value, want, scale, limit in rows:
         value = np.asarray(value, "float64")
         assert value.shape == want.shape, f"{name}: shape {value.shape}, expected {want.shape}"
         error = np.linalg.norm(value - want) / max(np.linalg.norm(scale), 1e-30)
-        assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance}"
+        assert error <= limit, f"{name}: relative error {error:.2e} > {limit:.2e}"
 
 
 def _to_numpy(value):

@@ -18,6 +18,7 @@ from tests.numerics import (
     expected,
     random_problem,
     run_lowering,
+    tolerances,
     vector_jacobian,
 )
 
@@ -48,7 +49,8 @@ def test_named_cases_equal_the_reference_in_float64(spec, lowering):
     problem = random_problem(spec)
     mode = "compiled" if BACKEND == "jax" else "eager"
     with keras_x64():
-        assert_close(run_lowering(spec, lowering, *problem, mode), expected(spec, *problem), 1e-12)
+        values = run_lowering(spec, lowering, *problem, mode)
+    assert_close(values, expected(spec, *problem), tolerances(spec, lowering))
 
 
 @pytest.mark.slow
@@ -68,7 +70,7 @@ def test_random_configurations_equal_the_reference(mode):
         problem = random_problem(spec, seed)
         values = run_lowering(spec, lowering, *problem, mode)
         scales = expected(spec, *map(np.abs, problem))
-        assert_close(values, expected(spec, *problem), 1e-6, scales)
+        assert_close(values, expected(spec, *problem), tolerances(spec, lowering), scales)
 
     law()
 
@@ -83,7 +85,8 @@ def test_large_kernels(kernel_size, lowering):
     spec = ConvSpec(1, 33, 32, 10, kernel_size=kernel_size, padding="same")
     problem = random_problem(spec)
     mode = "compiled" if BACKEND == "jax" else "eager"
-    assert_close(run_lowering(spec, lowering, *problem, mode), expected(spec, *problem), 5e-6)
+    values = run_lowering(spec, lowering, *problem, mode)
+    assert_close(values, expected(spec, *problem), tolerances(spec, lowering))
 
 
 SECOND_ORDER = {
@@ -269,6 +272,49 @@ def test_a_bad_channel_spreads_within_its_block_alone():
     assert bad_outputs("native") == [1]
     assert bad_outputs("shifted") == [1]
     assert bad_outputs("diagonal:4") == [0, 1, 2, 3]
+
+
+class TestTolerance:
+    @pytest.mark.backends("tensorflow")
+    @pytest.mark.parametrize(
+        ("name", "lowering", "rounds_to_tf32"),
+        [
+            ("plain", "native", False),
+            ("multiplier", "native", False),
+            ("groups of 2", "native", True),
+            ("one group", "native", True),
+            ("plain", "shifted", False),
+            ("groups of 2", "shifted", False),
+            ("plain", "diagonal:4", True),
+            ("plain", "dense", True),
+            ("plain", "diagonal_grouped:3", True),
+        ],
+    )
+    def test_tf32_is_allowed_where_standard_convolutions_run(self, name, lowering, rounds_to_tf32):
+        spec = cases.NAMED[name]
+        own = parse(lowering).for_pass("forward")
+        for pass_name in PASSES:
+            strict, loose = (own.tolerance(spec, pass_name, tf32) for tf32 in (False, True))
+            assert (loose > strict) == rounds_to_tf32
+            # One multiplication with factors of 11 bits, of which 2**-11 is the roundoff.
+            assert loose >= 2.0**-11 or not rounds_to_tf32
+            assert strict <= 1e-5
+            for dtype in ("float16", "bfloat16", "float64"):
+                typed = spec.replace(compute_dtype=dtype)
+                assert own.tolerance(typed, pass_name, True) == own.tolerance(
+                    typed, pass_name, False
+                )
+
+    @pytest.mark.backends("tensorflow")
+    def test_longer_sums_may_lose_more(self):
+        def of(spec, pass_name):
+            return parse("shifted").for_pass(pass_name).tolerance(spec, pass_name, False)
+
+        spec = cases.NAMED["plain"]
+        longer = spec.replace(batch=200)
+        assert of(longer, "kernel_gradient") > of(spec, "kernel_gradient")
+        assert of(longer, "forward") == of(spec, "forward")
+        assert of(spec.replace(kernel_size=(7, 7)), "forward") > of(spec, "forward")
 
 
 class TestWhyNot:

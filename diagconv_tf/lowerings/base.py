@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any
 
-from diagconv_tf.spec import ConvSpec
+from diagconv_tf.spec import ConvSpec, Pass
+
+#: Unit roundoff: half the distance from 1 to the next larger number.
+_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+
+#: TensorFloat-32 keeps 11 significant bits of each factor (NVIDIA A100 Tensor Core GPU
+#: Architecture, 'TF32'), and sums in float32.
+_TF32_ROUNDOFF = 2.0**-11
 
 
 class Lowering(abc.ABC):
@@ -49,6 +57,46 @@ class Lowering(abc.ABC):
     @abc.abstractmethod
     def kernel_gradient(self, spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
         """The derivative by the kernel."""
+
+    @abc.abstractmethod
+    def uses_tf32(self, spec: ConvSpec) -> bool:
+        """Whether a device that has TensorFloat-32 may compute `spec` with it.
+
+        Frameworks round the factors of float32 matrix products and of standard
+        and grouped convolutions so, where the user has not switched it off; they
+        do not do it in elementwise work and in depthwise kernels of their own.
+        """
+
+    def tolerance(self, spec: ConvSpec, pass_name: Pass, allows_tf32: bool) -> float:
+        """The largest relative error of one pass that rounding explains.
+
+        The error is that of the whole tensor, by norm, from the same pass of
+        the same inputs in float64.
+
+        Rounding errors of a sum of n terms grow like the root of n times the
+        unit roundoff (Higham, Accuracy and Stability of Numerical Algorithms,
+        2nd edition, section 2.8: the rule of thumb for statistically
+        independent errors). The result is rounded once more to its dtype. The
+        factors 4 and 16 leave room. Sums of half precision are made in float32.
+        The zeros in a diagonal kernel add exactly, so all lowerings sum as many
+        terms.
+
+        Args:
+            spec: the workload; unknown sizes count as 1.
+            pass_name: the pass.
+            allows_tf32: whether the device has TensorFloat-32, switched on.
+                It matters where `uses_tf32` says so, in float32.
+        """
+        terms = {
+            "forward": math.prod(spec.kernel_size) * spec.input_channels_per_group,
+            "input_gradient": math.prod(spec.kernel_size) * spec.output_channels_per_group,
+            "kernel_gradient": math.prod(n or 1 for n in (spec.batch, *spec.output_size)),
+        }[pass_name]
+        rounded = _ROUNDOFF[spec.compute_dtype]
+        summed = min(rounded, _ROUNDOFF["float32"])
+        if spec.compute_dtype == "float32" and allows_tf32 and self.uses_tf32(spec):
+            rounded = _TF32_ROUNDOFF
+        return 16 * rounded + 4 * math.sqrt(terms) * summed
 
     def __str__(self) -> str:
         return self.name

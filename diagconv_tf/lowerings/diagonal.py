@@ -154,6 +154,9 @@ class Diagonal(Lowering):
         ]
         return _concatenate(gradients, axis=3)
 
+    def uses_tf32(self, spec: ConvSpec) -> bool:
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class DiagonalGrouped(Lowering):
@@ -198,6 +201,9 @@ class DiagonalGrouped(Lowering):
         block = self._block(spec)
         gradient = _NATIVE.kernel_gradient(merged(spec, block), inputs, output_gradient)
         return from_diagonal(spec, gradient, block)
+
+    def uses_tf32(self, spec: ConvSpec) -> bool:
+        return True
 
 
 def _split_inputs(blocks: list[ConvSpec], tensor: Any) -> list[Any]:

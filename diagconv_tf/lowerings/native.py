@@ -34,3 +34,6 @@ class Native(Lowering):
 
     def kernel_gradient(self, spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
         return backends.current().kernel_gradient(spec, inputs, output_gradient)
+
+    def uses_tf32(self, spec: ConvSpec) -> bool:
+        return not spec.is_depthwise

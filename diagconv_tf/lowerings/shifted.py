@@ -97,6 +97,9 @@ class Shifted(Lowering):
             gradient = _sum_tap_by_tap(spec, padded, output_gradient)
         return ops.cast(ops.reshape(gradient, spec.kernel_shape), inputs.dtype)
 
+    def uses_tf32(self, spec: ConvSpec) -> bool:
+        return False
+
 
 def _sum_tap_by_tap(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any:
     """The kernel gradient, `(taps * input channels of a group, …)`: a sum over all for each."""

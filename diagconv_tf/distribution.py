@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
+import json
 import sys
 import threading
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from typing import Any, TypeVar
 
 import keras
 
-from diagconv_tf import keras_internals
+from diagconv_tf import backends, keras_internals
 
 _Result = TypeVar("_Result")
 
@@ -211,3 +213,43 @@ def refuse_multi_worker(strategy: Any) -> None:
             "Several machines work with the JAX backend: `keras.distribution.initialize` and "
             "`keras.distribution.DataParallel`"
         )
+
+
+#: Calls of `from_first_process` are numbered, so that each finds its own result.
+_numbers = itertools.count()
+
+#: Seconds of one look at the store. Between two looks a waiting process can be interrupted.
+_WAIT_SECONDS = 5.0
+
+
+def from_first_process(make: Callable[[], str], process_index: int) -> str:
+    """What `make` returns on process 0, on every process.
+
+    All processes must call it equally often. It uses the store of JAX's
+    coordination service instead of a collective operation: that gives up after
+    minutes, and process 0 may measure for longer.
+
+    Args:
+        make: called on process 0 only.
+        process_index: the number of this process.
+
+    Raises:
+        RuntimeError: on the other processes, if `make` raised something; the
+            message says what. Process 0 raises it as it is.
+    """
+    store = backends.current().process_store()
+    key = f"diagconv_tf/first_process/{next(_numbers)}"
+    if process_index == 0:
+        try:
+            result = make()
+        except BaseException as error:
+            store.put(key, json.dumps({"error": f"{type(error).__name__}: {error}"}))
+            raise
+        store.put(key, json.dumps({"result": result}))
+        return result
+    while (text := store.get(key, _WAIT_SECONDS)) is None:
+        pass
+    found = json.loads(text)
+    if "error" in found:
+        raise RuntimeError(f"Process 0 failed, for which this one waited: {found['error']}")
+    return found["result"]

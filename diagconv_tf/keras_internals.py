@@ -161,6 +161,13 @@ _IN_XLA = PrivateName(
     'Stock layers and lowering="native" work',
     backends=("tensorflow",),
 )
+_DETERMINISM = PrivateName(
+    "tensorflow.python.framework.config",
+    "is_op_determinism_enabled",
+    "tell whether TensorFlow's ops are deterministic",
+    "The layers work; `tune` and plans do not",
+    backends=("tensorflow",),
+)
 _TORCH_DEVICE = PrivateName(
     "keras.src.backend.torch.core",
     "get_device",
@@ -392,6 +399,11 @@ def update_container_snapshot(container: Any) -> None:
 def is_traced_for_xla(graph: Any) -> bool:
     """Whether XLA will compile the TensorFlow graph that is being traced."""
     return bool(_IN_XLA.of_module()(graph))
+
+
+def is_tensorflow_deterministic() -> bool:
+    """Whether `tf.config.experimental.enable_op_determinism` was called."""
+    return _DETERMINISM.of_module()()
 
 
 def torch_device() -> str:

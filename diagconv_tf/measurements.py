@@ -1,18 +1,25 @@
-"""What `tune` has measured, as values that a plan and a cache keep."""
+"""What `tune` has measured, as values that a plan and a cache keep, and how two compare."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from diagconv_tf.lowerings import LoweringLike
-from diagconv_tf.spec import ConvSpec
+from diagconv_tf.spec import STOCK, ConvSpec
 from diagconv_tf.text import summarize_error
 from diagconv_tf.timing import Timings
 
-#: How the error of a candidate begins that computed something else.
+#: How the error of a candidate begins that computes something else.
 WRONG_NUMBERS = "wrong numbers"
+
+#: The probability that a contest names any variant faster than stock that is not.
+ERROR_RATE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +27,15 @@ class Measured:
     """How long something takes, or why that is not known. Times are in seconds.
 
     Attributes:
-        median: of the kept samples; None where there are none.
+        median: of the samples; None where there are none.
         p10: 10th percentile.
         p90: 90th percentile.
-        count: number of samples. Few, where it took several times as long as
-            the best and was not timed further.
+        count: number of samples behind the three.
         first_seconds: the first call, which traces and compiles.
         error: why there is no time; a failure is a result as well.
+        samples: one of each round of a contest, in order; two variants of the
+            same contest are compared round by round. Empty where it dropped
+            out before the rounds, and in plans of format 1.
     """
 
     median: float | None = None
@@ -35,14 +44,18 @@ class Measured:
     count: int = 0
     first_seconds: float | None = None
     error: str | None = None
+    samples: tuple[float, ...] = ()
 
     @classmethod
-    def from_timings(cls, timings: Timings, first_seconds: float | None = None) -> Measured:
+    def from_timings(
+        cls, timings: Timings, first_seconds: float | None = None, keep_samples: bool = False
+    ) -> Measured:
         """Summarises samples, to 4 digits: more would be noise.
 
         Args:
             timings: samples or an error.
-            first_seconds: in place of that of `timings`.
+            first_seconds: replaces that of `timings`.
+            keep_samples: whether the samples are those of a contest's rounds.
         """
         first = timings.first_seconds if first_seconds is None else first_seconds
         if timings.error is not None:
@@ -53,32 +66,33 @@ class Measured:
             p90=_round(timings.p90),
             count=timings.count,
             first_seconds=_round(first),
+            samples=tuple(float(f"{s:.4g}") for s in timings.samples) if keep_samples else (),
         )
 
     @classmethod
     def failed(cls, error: Exception | str, first_seconds: float | None = None) -> Measured:
-        """A failure; of the message's lines one is kept."""
+        """A failure; keeps the first line of the message."""
         if isinstance(error, Exception):
             error = summarize_error(error)
         return cls(first_seconds=_round(first_seconds), error=error[:300])
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Measured:
-        """Of what `to_dict` returned.
+        """Reads what `to_dict` returned.
 
         Raises:
             TypeError: if it is something else.
         """
-        measured = cls(**fields)
-        for name in ("median", "p10", "p90", "first_seconds", "count"):
-            value = getattr(measured, name)
+        measured = cls(**{**fields, "samples": tuple(fields.get("samples", ()))})
+        numbers = [measured.median, measured.p10, measured.p90, measured.first_seconds]
+        for value in (*numbers, measured.count, *measured.samples):
             if value is not None and not isinstance(value, int | float):
-                raise TypeError(f"expected `{name}` to be a number, received {value!r}")
+                raise TypeError(f"expected times to be numbers, received {value!r}")
         return measured
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types, without what is not known."""
-        fields = {name: v for name, v in dataclasses.asdict(self).items() if v is not None}
+        fields = {name: v for name, v in dataclasses.asdict(self).items() if v not in (None, ())}
         return fields if self.count else {k: v for k, v in fields.items() if k != "count"}
 
     @property
@@ -88,50 +102,140 @@ class Measured:
 
     @property
     def lasts(self) -> bool:
-        """Whether another try would give the same: a time, or numbers that are wrong.
+        """Whether another try would give the same: a time, or wrong numbers.
 
-        Other errors may pass, such as want of memory that another process had.
+        Other errors may pass, such as a lack of memory that another process caused.
         """
         return self.ok or (self.error or "").startswith(WRONG_NUMBERS)
 
-    @property
-    def half_spread(self) -> float:
-        """Half of `p90 - p10`, in seconds: about 1.3 standard deviations."""
-        return (self.p90 - self.p10) / 2 if self.ok else 0.0
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """How much longer one variant of a contest takes than another.
+
+    Attributes:
+        estimate: the typical ratio of their times in a round; 0.5 is twice as fast.
+        low: lower end of the confidence interval of the ratio.
+        high: its upper end. Infinite where the rounds are too few for an interval.
+        rounds: number of rounds in which both were timed.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def paired_ratio(
+    samples: tuple[float, ...], reference: tuple[float, ...], error_rate: float
+) -> Ratio:
+    """Compares two variants round by round, whatever slows whole rounds.
+
+    The ratios' logarithms are compared by Wilcoxon's signed-rank test, in the
+    form of its confidence interval: estimate and ends are order statistics of
+    the means of all pairs of logarithms (Hodges and Lehmann, Annals of
+    Mathematical Statistics 34 (1963) 598; Hollander, Wolfe and Chicken,
+    Nonparametric Statistical Methods, 3rd edition, section 3.4). If both take
+    equally long, swapping them changes a logarithm's sign only, so the test is
+    exact for any distribution of times and any noise that a round shares.
+
+    Args:
+        samples: seconds of a variant, one a round.
+        reference: seconds of the other in the same rounds.
+        error_rate: the probability, at most, that `high` lies below the true
+            ratio; the same holds for `low` above it.
+
+    Raises:
+        ValueError: if the numbers of rounds differ, or there is none.
+    """
+    if len(samples) != len(reference) or not samples:
+        raise ValueError(
+            "Expected two variants of the same rounds. Received: "
+            f"{len(samples)} and {len(reference)} samples"
+        )
+    logs = np.log(np.asarray(samples) / np.asarray(reference))
+    first, second = _pairs(len(logs))
+    means = np.sort((logs[first] + logs[second]) / 2)
+    left_out = _left_out(len(logs), error_rate)
+    ends = (-math.inf, math.inf) if left_out is None else (means[left_out], means[-1 - left_out])
+    low, high = (math.exp(end) for end in ends)
+    middle = (means[len(means) // 2] + means[(len(means) - 1) // 2]) / 2
+    return Ratio(math.exp(middle), low, high, len(logs))
+
+
+_pairs = functools.cache(np.triu_indices)
+
+
+@functools.cache
+def _left_out(rounds: int, error_rate: float) -> int | None:
+    """Number of means beyond each end of the interval; None where the rounds are too few.
+
+    It is the largest t with P(T <= t) <= error_rate, where T is the sum of a
+    random subset of the ranks 1 to `rounds`: the signed-rank statistic.
+    """
+    subsets = np.array([1.0])
+    for rank in range(1, rounds + 1):
+        subsets = np.pad(subsets, (0, rank)) + np.pad(subsets, (rank, 0))
+    possible = np.flatnonzero(np.cumsum(subsets) <= error_rate * 2.0**rounds)
+    return int(possible[-1]) if len(possible) else None
+
+
+def least_rounds(variants: int) -> int:
+    """Rounds that a contest of so many variants and stock needs for any of them to win."""
+    return math.ceil(math.log2(max(variants, 1) / ERROR_RATE))
+
+
+def ratios_to_stock(steps: Mapping[str, Measured]) -> dict[str, Ratio]:
+    """Every variant of a contest, compared with stock.
+
+    Each end of an interval errs with a probability of at most `ERROR_RATE`
+    divided by the number of variants (Bonferroni): so with all of them as fast
+    as stock, one of them appears faster with a probability of `ERROR_RATE`.
+
+    Args:
+        steps: variant → its times; `"stock"` among them.
+    """
+    stock = steps.get(STOCK, Measured())
+    timed = {
+        name: step.samples
+        for name, step in steps.items()
+        if name != STOCK and len(step.samples) == len(stock.samples) > 0
+    }
+    return {
+        name: paired_ratio(samples, stock.samples, ERROR_RATE / len(timed))
+        for name, samples in timed.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
-class ProblemMeasurements:
-    """One problem of the model, the layers that pose it, and what was measured.
+class WorkloadMeasurements:
+    """One workload of the model, the layers that have it, and what was measured of it alone.
 
     Attributes:
-        spec: the problem.
+        spec: the convolution.
         stock_op: what the stock layer runs: `"depthwise_conv"` or `"conv"`.
         layers: paths of the layers.
         passes: pass → candidate (a lowering, or `"stock"`) → its times. Empty
-            where there was no time to measure.
-        choice: what the times of the problem alone speak for; the whole model
-            may have decided otherwise.
+            unless `tune(per_layer=True)` measured it.
+        choice: what these times speak for; None where there are none. The
+            contest of whole training steps may have decided otherwise.
         reason: why.
     """
 
     spec: ConvSpec
     stock_op: str
     layers: tuple[str, ...]
-    passes: Mapping[str, Mapping[str, Measured]]
-    choice: LoweringLike
-    reason: str
-
-    def runs(self, name: str) -> bool:
-        """Whether the candidate `name` was measured in every pass, and did not fail."""
-        return all(
-            name in candidates and candidates[name].ok for candidates in self.passes.values()
-        )
+    passes: Mapping[str, Mapping[str, Measured]] = dataclasses.field(default_factory=dict)
+    choice: LoweringLike | None = None
+    reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types."""
         return {
-            "choice": self.choice if isinstance(self.choice, str) else dict(self.choice),
+            "choice": dict(self.choice) if isinstance(self.choice, Mapping) else self.choice,
             "reason": self.reason,
             "layers": list(self.layers),
             "stock_op": self.stock_op,
@@ -143,8 +247,8 @@ class ProblemMeasurements:
         }
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> ProblemMeasurements:
-        """Of what `to_dict` returned.
+    def from_dict(cls, fields: Mapping[str, Any]) -> WorkloadMeasurements:
+        """Reads what `to_dict` returned.
 
         Raises:
             KeyError, TypeError, ValueError: if it is something else.
@@ -160,19 +264,6 @@ class ProblemMeasurements:
             choice=fields["choice"],
             reason=fields["reason"],
         )
-
-
-def total(parts: Iterable[Measured]) -> tuple[float, float]:
-    """`(sum of medians, spread of that sum)` in seconds.
-
-    The spread adds the half spreads as independent: the root of the sum of
-    their squares.
-    """
-    parts = list(parts)
-    return (
-        sum(part.median or 0.0 for part in parts),
-        sum(part.half_spread**2 for part in parts) ** 0.5,
-    )
 
 
 def _round(seconds: float | None) -> float | None:

@@ -19,30 +19,34 @@ from diagconv_tf.distribution import replicas_of
 from diagconv_tf.environment import Conditions
 from diagconv_tf.inspection import ConvolutionRow, inspect_as_built
 from diagconv_tf.lowerings import LoweringLike, parse
-from diagconv_tf.measurements import Measured, ProblemMeasurements
+from diagconv_tf.measurements import Measured, WorkloadMeasurements, ratios_to_stock
 from diagconv_tf.spec import PASSES, STOCK, ConvSpec
 from diagconv_tf.text import as_text, to_readable_json
 
-_FORMAT = 1
+#: Format 1 has `"problems"` for `"workloads"`, medians without the rounds' samples, and
+#: conditions without settings; it is read, too.
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A lowering, or `"stock"`, for convolutions: by problem, or by layer path.
+    """A lowering, or `"stock"`, for convolutions: by spec, or by layer path.
 
     Attributes:
         conditions: where the choices were made, and hold.
-        lowerings: problem → a layer's `lowering`, or `"stock"`: the layer is
-            Keras's own. A problem fits a layer whatever the batch; where a
-            layer leaves its height or width open, any fits.
-        overrides: layer path → the same; they come before `lowerings`.
-        reason: why these choices, in a sentence; empty where nobody said.
-        batch_size: images in a batch, of all replicas together; measured was
-            one replica's share.
-        problems: what `tune` measured of each problem.
-        steps: variant of the whole model → times of its training step:
-            `"stock"`, `"plan"` (the choice of each problem) or a lowering that
-            all layers had.
+        lowerings: spec → a layer's `lowering`, or `"stock"`: the layer is
+            Keras's own. A spec fits a layer whatever the batch; where a layer
+            leaves its height or width open, any fits.
+        overrides: layer path → the same; they take precedence over `lowerings`.
+        reason: why these choices, in a sentence; empty in plans made by hand.
+        batch_size: images in a batch, of all replicas together; one replica's
+            part was measured.
+        workloads: the distinct workloads and their layers, with what `tune`
+            measured of each alone.
+        steps: variant of the whole model → times of its training step, all of
+            one contest: `"stock"`, a lowering that all layers had, or
+            `"per_layer"` (`"plan"` in format 1): each layer had the lowering
+            that was fastest for it alone.
 
     Raises:
         ValueError: if a lowering is not known.
@@ -53,7 +57,7 @@ class Plan:
     overrides: Mapping[str, LoweringLike] = dataclasses.field(default_factory=dict)
     reason: str = ""
     batch_size: int | None = None
-    problems: tuple[ProblemMeasurements, ...] = ()
+    workloads: tuple[WorkloadMeasurements, ...] = ()
     steps: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,7 +67,7 @@ class Plan:
 
     @classmethod
     def of_model(cls, model: keras.Model) -> Plan:
-        """What a model has now, by layer path: for `rewrite` after loading it.
+        """What the layers of a model have now, by path: for `rewrite` after loading it.
 
         Raises:
             ValueError: if `model` is not a built Keras model.
@@ -108,7 +112,7 @@ class Plan:
             ],
             "overrides": {path: _plain(value) for path, value in self.overrides.items()},
             "steps": {name: step.to_dict() for name, step in self.steps.items()},
-            "problems": [problem.to_dict() for problem in self.problems],
+            "workloads": [workload.to_dict() for workload in self.workloads],
         }
         return to_readable_json(fields)
 
@@ -120,15 +124,16 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan of which `text` is the `to_json`.
+        """Reads what `to_json` returned, also in format 1.
 
         Raises:
             ValueError: if it is not one; the message says what is wrong.
         """
         try:
             fields = json.loads(text)
-            if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
-                raise ValueError(f'expected an object with "format": {_FORMAT}')
+            if not isinstance(fields, dict) or fields.get("format") not in (1, _FORMAT):
+                raise ValueError(f'expected an object with "format": {_FORMAT}, or 1')
+            workloads = fields.get("problems" if fields["format"] == 1 else "workloads", ())
             return cls(
                 conditions=Conditions.from_dict(fields["conditions"]),
                 lowerings={
@@ -139,7 +144,7 @@ class Plan:
                 # Plans made by hand have no measurements.
                 reason=fields.get("reason", ""),
                 batch_size=fields.get("batch_size"),
-                problems=tuple(map(ProblemMeasurements.from_dict, fields.get("problems", ()))),
+                workloads=tuple(map(WorkloadMeasurements.from_dict, workloads)),
                 steps={k: Measured.from_dict(v) for k, v in fields.get("steps", {}).items()},
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -164,7 +169,7 @@ class Plan:
         """
         try:
             return cls.from_json(pathlib.Path(path).read_text())
-        except ValueError as error:  # Of which a decoding error is one.
+        except ValueError as error:  # A decoding error is one, too.
             raise ValueError(f"{path}: {error}") from error
 
 
@@ -206,16 +211,23 @@ def _head(plan: Plan) -> Iterator[str]:
 
 
 def _steps_table(plan: Plan) -> Table:
-    table = Table(title="Training steps of the whole model", title_justify="left")
+    table = Table(
+        title="Training steps of the whole model",
+        title_justify="left",
+        caption="of stock: typical ratio of the times in a round, with its confidence interval",
+        caption_justify="left",
+    )
     table.add_column("variant")
     for name in ("step ms", "p10", "p90", "of stock", "steps", "first step s"):
         table.add_column(name, justify="right")
     stock = plan.steps.get(STOCK, Measured())
+    ratios = ratios_to_stock(plan.steps)
     for name, step in plan.steps.items():
         if not step.ok:
             table.add_row(name, f"failed: {step.error}")
             continue
         ratio = f"{step.median / stock.median:.2f}" if stock.ok else ""
+        ratio = str(ratios.get(name, ratio))
         first = "" if step.first_seconds is None else f"{step.first_seconds:.1f}"
         times = (_ms(step.median), _ms(step.p10), _ms(step.p90))
         table.add_row(name, *times, ratio, str(step.count), first)
@@ -226,39 +238,37 @@ def _lowerings_table(plan: Plan) -> Table:
     table = Table(title="Lowerings", title_justify="left")
     for name in ("layer", "input", "kernel", "lowering"):
         table.add_column(name, overflow="fold")
-    for name in ("stock ms", "best ms"):
-        table.add_column(name, justify="right")
-    table.add_column("alone", overflow="fold")
-    measured = {(problem.spec, problem.layers): problem for problem in plan.problems}
-    shown = {problem.spec for problem in plan.problems}
-    for (spec, layers), problem in measured.items():
+    measured = any(workload.passes for workload in plan.workloads)
+    if measured:  # Each workload alone.
+        table.add_column("stock ms", justify="right")
+        table.add_column("best ms", justify="right")
+        table.add_column("alone", overflow="fold")
+    for workload in plan.workloads:
+        spec, layers = workload.spec, workload.layers
         name = layers[0] + (f" (+{len(layers) - 1})" if len(layers) > 1 else "")
         lowering = plan.overrides.get(layers[0], plan.lowerings.get(spec, ""))
-        stock, best = _times(problem)
-        table.add_row(
-            name,
-            spec.size_text,
-            spec.window_text,
-            _text(lowering),
-            stock,
-            best,
-            _text(problem.choice),
-        )
+        cells = [name, spec.size_text, spec.window_text, _text(lowering)]
+        if measured:
+            cells += [*_times(workload), _text(workload.choice or "")]
+        table.add_row(*cells)
+    shown = {workload.spec for workload in plan.workloads}
     for spec, lowering in plan.lowerings.items():
         if spec not in shown:
-            table.add_row("", spec.size_text, spec.window_text, _text(lowering), "", "", "")
-    known = {path for problem in plan.problems for path in problem.layers}
+            table.add_row("", spec.size_text, spec.window_text, _text(lowering))
+    known = {path for workload in plan.workloads for path in workload.layers}
     for path, lowering in plan.overrides.items():
         if path not in known:
-            table.add_row(path, "", "", _text(lowering), "", "", "")
+            table.add_row(path, "", "", _text(lowering))
     return table
 
 
-def _times(problem: ProblemMeasurements) -> tuple[str, str]:
+def _times(workload: WorkloadMeasurements) -> tuple[str, str]:
     """Milliseconds of the three passes: stock's, and the best of each summed."""
-    stock = [problem.passes.get(name, {}).get(STOCK, Measured()) for name in PASSES]
+    if not workload.passes:
+        return "", ""
+    stock = [workload.passes[name].get(STOCK, Measured()) for name in PASSES]
     best = [
-        min((m.median for m in problem.passes.get(name, {}).values() if m.ok), default=None)
+        min((m.median for m in workload.passes[name].values() if m.ok), default=None)
         for name in PASSES
     ]
     return (

@@ -1,16 +1,17 @@
-"""The one clock: it waits for the device, and times functions against each other.
+"""The clock: it waits for the device, and times functions against each other.
 
 `time_interleaved` times candidates in turn. It waits for the device before it
 reads the clock (`synchronize`), keeps the first call apart because it compiles,
 and reports `Timings`: all samples in seconds, with median, p10 and p90.
-`StepTimer` (step_timer.py) times training steps with the same clock.
+`first_samples` takes a few samples of each, to tell what is hopeless. `StepTimer`
+(step_timer.py) times the training steps of `fit` with the same clock.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -20,15 +21,14 @@ import numpy as np
 def synchronize(value: Any = None) -> None:
     """Blocks until the device has finished producing `value`.
 
-    JAX waits for the arrays in `value`, and for nothing else. TensorFlow and
-    PyTorch wait for all work on the devices. On TensorFlow that is better than
-    to read `value` back, which adds a copy and misses what does not feed it,
-    such as the updates of variables. On the CPU both have finished when a call
-    returns, so there is nothing to wait for.
+    JAX waits for the arrays in `value` only. TensorFlow and PyTorch wait for all
+    work on the devices: on TensorFlow, reading `value` back would add a copy and
+    would not wait for what does not feed it, such as updates of variables. On
+    the CPU a call of either returns when its work is done.
 
     Args:
-        value: Tensor, or lists, tuples and dicts of tensors. Leaves that are
-            no tensors are ignored. `None`: only what is said above.
+        value: Tensor, or lists, tuples and dicts of tensors. Other leaves are
+            ignored. `None` waits for no array in particular.
 
     Raises:
         RuntimeError: Inside a `tf.function`, where nothing can be waited for.
@@ -50,8 +50,8 @@ def _synchronize_tensorflow() -> None:
 
     if not tf.executing_eagerly():
         raise RuntimeError(
-            "`synchronize` must be called eagerly. "
-            "Received: a call inside a `tf.function` or graph."
+            "Expected `synchronize` to be called eagerly. "
+            "Received: a call inside a `tf.function` or graph"
         )
     # `sync_devices` takes 30 microseconds even on an idle CPU, as long as some
     # of the functions to be timed: only where something can be running.
@@ -74,7 +74,7 @@ def _synchronize_torch() -> None:
 class Timings:
     """Times of one function or of one training step, in seconds.
 
-    `median`, `p10`, `p90` and `spread` are `None` where there are no samples.
+    All statistics are `None` where there are no samples.
 
     Args:
         samples: Tuple of floats, every time that counts, in order.
@@ -108,11 +108,11 @@ class Timings:
         return percentile(self.samples, 90)
 
     @property
-    def spread(self) -> float | None:
-        """`(p90 - p10) / median`, without unit: the noise of the measurement."""
+    def relative_interquartile_range(self) -> float | None:
+        """`(p75 - p25) / median`, without unit: the noise of the measurement."""
         if not self.median:
             return None
-        return (self.p90 - self.p10) / self.median
+        return (percentile(self.samples, 75) - percentile(self.samples, 25)) / self.median
 
     def __str__(self) -> str:
         if self.error is not None:
@@ -127,6 +127,8 @@ def time_interleaved(
     warmup: int = 1,
     calls: int = 1,
     budget_seconds: float | None = None,
+    least_rounds: int = 1,
+    on_error: Callable[[], Any] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timings]:
     """Times functions in turn: A B C, B C A, C A B, ...
@@ -151,8 +153,12 @@ def time_interleaved(
             wait for the host between them, as it does not in training. It must
             run them in their order.
         budget_seconds: Float or `None`. Once it is used up, first calls
-            included, the measuring ends with the round. One round is always
-            kept, and all functions keep the same number of samples.
+            included, the measuring ends with the round. All functions keep the
+            same number of samples.
+        least_rounds: Integer: rounds that are kept whatever the budget.
+        on_error: Function without arguments, or `None`. It is called after a
+            function has failed and before the next one runs, to rebuild what
+            they share.
         clock: Function that returns the time in seconds.
 
     Returns:
@@ -165,15 +171,16 @@ def time_interleaved(
     for name, function in functions.items():
         if not callable(function):
             raise ValueError(
-                "Argument `functions` must map names to functions without "
-                f"arguments. Received: functions[{name!r}]={function!r}"
+                "Expected `functions` to map names to functions without arguments. "
+                f"Received: functions[{name!r}]={function!r}"
             )
     check_whole_number("rounds", rounds, least=1)
     check_whole_number("warmup", warmup, least=0)
     check_whole_number("calls", calls, least=1)
+    check_whole_number("least_rounds", least_rounds, least=1)
     if budget_seconds is not None and not budget_seconds > 0:
         raise ValueError(
-            "Argument `budget_seconds` must be above 0 or None. "
+            "Expected `budget_seconds` to be above 0 or None. "
             f"Received: budget_seconds={budget_seconds!r}"
         )
 
@@ -191,6 +198,8 @@ def time_interleaved(
                 keep(name, _time(functions[name], calls, clock))
             except Exception as error:
                 errors[name] = error.with_traceback(None)
+                if on_error is not None:
+                    on_error()
 
     def budget_left() -> bool:
         return budget_seconds is None or clock() - start < budget_seconds
@@ -200,7 +209,7 @@ def time_interleaved(
         if budget_left():
             run_round(number, calls, lambda name, seconds: None)
     for number in range(rounds):
-        if number == 0 or budget_left():
+        if number < least_rounds or budget_left():
             run_round(number, calls, lambda name, seconds: samples[name].append(seconds))
 
     return {
@@ -211,6 +220,37 @@ def time_interleaved(
         )
         for name in functions
     }
+
+
+#: A call of fewer seconds is repeated by `first_samples`: anything may interrupt one
+#: call, and of a long call the interruption is a small part.
+SHORT_SECONDS = 0.2
+_REPEATS = 4
+
+
+def first_samples(
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    calls: int = 1,
+    on_error: Callable[[], Any] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timings]:
+    """Times the first call, which compiles, and one sample of each function.
+
+    A function of less than `SHORT_SECONDS` has five samples. Arguments and
+    result are those of `time_interleaved`.
+    """
+    arguments = {"warmup": 0, "calls": calls, "on_error": on_error, "clock": clock}
+    timings = time_interleaved(functions, rounds=1, **arguments)
+    short = {
+        name: function
+        for name, function in functions.items()
+        if timings[name].error is None and timings[name].median < SHORT_SECONDS
+    }
+    for name, again in time_interleaved(short, rounds=_REPEATS, **arguments).items():
+        samples = () if again.error else timings[name].samples + again.samples
+        timings[name] = dataclasses.replace(timings[name], samples=samples, error=again.error)
+    return timings
 
 
 def _rotated(names: list[str], number: int) -> list[str]:
@@ -228,13 +268,15 @@ def _time(function: Callable[[], Any], calls: int, clock: Callable[[], float]) -
     return (clock() - start) / calls
 
 
-def percentile(samples, percent: float) -> float | None:
+def percentile(samples: Sequence[float], percent: float) -> float | None:
+    """A percentile, linearly interpolated; `None` where there are no samples."""
     if not len(samples):
         return None
     return float(np.percentile(samples, percent))
 
 
-def in_milliseconds(median, p10, p90, count) -> str:
+def in_milliseconds(median: float | None, p10: float | None, p90: float | None, count: int) -> str:
+    """Times in seconds as text for people, in milliseconds."""
     if not count:
         return "not measured"
     times = f"p10 {1e3 * p10:.3f}, p90 {1e3 * p90:.3f}"
@@ -242,7 +284,8 @@ def in_milliseconds(median, p10, p90, count) -> str:
 
 
 def check_whole_number(name: str, value: Any, least: int) -> None:
+    """Raises ValueError unless the argument `name` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(
-            f"Argument `{name}` must be an integer of at least {least}. Received: {name}={value!r}"
+            f"Expected `{name}` to be an integer of at least {least}. Received: {name}={value!r}"
         )

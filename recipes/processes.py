@@ -27,7 +27,7 @@ import keras
 import numpy as np
 from absl import flags
 
-from diagconv_tf.tuning.first_process import from_first_process
+from diagconv_tf.distribution import from_first_process
 from recipes.config import exit_with_line
 from recipes.interruption import Interruption, tell_of_saving
 from recipes.liveness import Liveness

@@ -64,7 +64,7 @@ from diagconv_tf.lowerings import Lowering, LoweringChoice, UniformChoice, parse
 from diagconv_tf.spec import PASSES
 from diagconv_tf.text import summarize_error
 from diagconv_tf.timing import Timings, time_interleaved
-from diagconv_tf.training_steps import TrainingSteps
+from diagconv_tf.tuning.contest import TrainingSteps
 
 MODELS = flags.DEFINE_list("models", ["MobileNet", "MobileNetV2"], "keras.applications models.")
 VARIANTS = flags.DEFINE_list(

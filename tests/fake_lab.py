@@ -1,36 +1,49 @@
-"""Benches that look times up instead of measuring them, for tests of decisions."""
+"""Benchmarks that look times up instead of measuring them, for tests of decisions."""
 
 import types
 
+from diagconv_tf.lowerings import parse
 from diagconv_tf.measurements import Measured
-from diagconv_tf.spec import STOCK
+from diagconv_tf.spec import PASSES, STOCK
 from diagconv_tf.tuning import tuner
 from tests.fake_clock import FakeClock
 
+#: Rounds of a contest, of which each shares its noise.
+ROUNDS = 15
+_COMMON = [1.0, 1.2, 0.9, 1.1, 1.05] * 3
 
-def took(median, spread=0.0, first=0.0, count=9):
-    """Times in seconds; `spread` is half of p90 - p10."""
-    return Measured(median, median - spread, median + spread, count, first)
+
+def took(median, first=0.0, noise=0.0, rounds=ROUNDS):
+    """Times in seconds; of every second round a share of `noise` more, of the others less."""
+    samples = tuple(
+        median * common * (1 + noise * (-1) ** number)
+        for number, common in enumerate(_COMMON[:rounds])
+    )
+    return Measured(median, median, median, rounds, first, samples=samples)
 
 
 FAILED = Measured(error="ValueError: no luck")
 
 
 class FakeLab:
-    """In place of both benches of `tuning`.
+    """Replaces both benchmarks of `tuning`, and the check of numbers.
 
     Attributes:
-        layer: function of (problem, pass, candidate) that gives its times.
-        step: function of (variant's name, path → lowering) that gives its.
-        measured: `(path-less problem, pass, candidate)` in the order of measuring.
+        layer: function of (workload, pass, candidate) that gives its times.
+        step: function of (variant's name, path → lowering) that gives its times.
+        wrong: lowerings that compute wrong numbers.
+        measured: `(workload, pass, candidate)` in the order of measuring.
         trained: `(name, variant)` in the order in which they were added.
-        seconds: how long the measuring of one pass, and of a first step, takes.
+        seconds: time that the measuring of one workload takes.
+        first_step_seconds: time that a first step takes.
     """
 
     def __init__(self, monkeypatch):
         self.clock = FakeClock()
-        self.layer = lambda problem, pass_name, name: took(1.0)
+        self.layer = lambda workload, pass_name, name: took(1.0)
         self.step = lambda name, variant: took(1.0, first=1.0)
+        self.wrong = set()
+        self.checked = []
         self.measured = []
         self.trained = []
         self.seconds = 0.0
@@ -38,16 +51,19 @@ class FakeLab:
         self.budgets = []
         lab = self
 
-        class ProblemBench:
-            def __init__(self, problem, conditions, clock):
-                self.problem = problem
+        class LayerBenchmark:
+            def __init__(self, workload, conditions, clock):
+                self.workload = workload
 
-            def measure(self, pass_name, names, best=None):
+            def measure(self, names):
                 lab.clock.advance(lab.seconds)
-                lab.measured += [(self.problem, pass_name, name) for name in names]
-                return {name: lab.layer(self.problem, pass_name, name) for name in names}
+                found = {}
+                for pass_name in PASSES:
+                    lab.measured += [(self.workload, pass_name, name) for name in names]
+                    found[pass_name] = {n: lab.layer(self.workload, pass_name, n) for n in names}
+                return found
 
-        class TrainingBench:
+        class Contest:
             def __init__(self, model, batch_size, data, jit_compile, rules, clock):
                 self.first = {}
                 self.batch = types.SimpleNamespace(synthetic=("x", "y"))
@@ -62,23 +78,30 @@ class FakeLab:
                 lab.budgets.append(seconds)
                 return {name: self.first[name] for name in names}
 
-        monkeypatch.setattr(tuner, "ProblemBench", ProblemBench)
-        monkeypatch.setattr(tuner, "TrainingBench", TrainingBench)
+        def why_wrong(spec, lowering, conditions):
+            lab.checked.append((spec, lowering))
+            return "no sum" if str(parse(lowering)) in lab.wrong else ""
+
+        monkeypatch.setattr(tuner, "LayerBenchmark", LayerBenchmark)
+        monkeypatch.setattr(tuner, "Contest", Contest)
+        monkeypatch.setattr(tuner.checking, "why_wrong", why_wrong)
 
     @property
     def variants(self):
         return dict(self.trained)
 
-    def by_name(self, seconds, default=9.0, passes=None):
-        """`layer` by the candidate's name, or by `(pass, name)`."""
+    def by_name(self, seconds, default=9.0):
+        """Sets `layer` by the candidate's name, or by `(pass, name)`."""
 
-        def layer(problem, pass_name, name):
+        def layer(workload, pass_name, name):
             value = seconds.get((pass_name, name), seconds.get(name, default))
             return value if isinstance(value, Measured) else took(value)
 
         self.layer = layer
 
-    def steps_by_name(self, seconds, default=1.0):
+    def steps_by_name(self, seconds, default=9.0):
+        """Sets `step` by the variant's name."""
+
         def step(name, variant):
             value = seconds.get(name, default)
             return value if isinstance(value, Measured) else took(value, first=1.0)

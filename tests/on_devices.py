@@ -111,7 +111,7 @@ def tuned(scope, found):
     """What is current, and what is trained, when `tune` measures."""
     benches = []
 
-    class Bench(tuner.TrainingBench):
+    class Bench(tuner.Contest):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             distribution = keras.distribution.distribution()
@@ -124,7 +124,7 @@ def tuned(scope, found):
                 }
             )
 
-    tuner.TrainingBench = Bench
+    tuner.Contest = Bench
     with scope():
         model = network()
         before = model.get_weights()

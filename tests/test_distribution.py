@@ -19,8 +19,8 @@ from diagconv_tf import distribution as distributions
 from diagconv_tf.distribution import Replicas
 from diagconv_tf.layers import kernel_channels_axis
 from diagconv_tf.lowerings import why_not_sharded
-from diagconv_tf.tuning import first_process, keys
-from diagconv_tf.tuning.problems import Problem
+from diagconv_tf.tuning import keys
+from diagconv_tf.tuning.workloads import Workload
 from tests.numerics import BACKEND
 
 FOLDER = pathlib.Path(__file__).parent
@@ -276,11 +276,11 @@ class _Store:
 def test_each_call_has_its_own_key(monkeypatch):
     store = _Store()
     backend = types.SimpleNamespace(process_store=lambda: store)
-    monkeypatch.setattr(first_process.backends, "current", lambda: backend)
+    monkeypatch.setattr(distributions.backends, "current", lambda: backend)
 
     def call(process, numbers, make):
-        monkeypatch.setattr(first_process, "_numbers", numbers)
-        return first_process.from_first_process(make, process)
+        monkeypatch.setattr(distributions, "_numbers", numbers)
+        return distributions.from_first_process(make, process)
 
     def never():
         raise AssertionError("only the first process makes it")
@@ -348,9 +348,10 @@ def test_plans_from_before_there_were_replicas_load():
 
 
 def test_a_share_is_measured_once_whoever_has_the_rest():
-    problem = Problem(SPEC, "depthwise_conv")
+    workload = Workload(SPEC, "depthwise_conv")
     one, two = Conditions.current(True), Conditions.current(True, num_replicas=2)
-    assert keys.of_problem(problem, "lowerings", one) == keys.of_problem(problem, "lowerings", two)
+    first, second = (keys.of_workload(workload, ["shifted"], where) for where in (one, two))
+    assert first == second
 
 
 @pytest.mark.parametrize("name", KEPT)

@@ -7,7 +7,7 @@ import keras
 import pytest
 
 from diagconv_tf import timing
-from diagconv_tf.timing import Timings, synchronize, time_interleaved
+from diagconv_tf.timing import Timings, first_samples, synchronize, time_interleaved
 from tests.fake_clock import FakeClock
 
 needs_tensorflow = pytest.mark.backends("tensorflow")
@@ -83,6 +83,59 @@ def test_budget_leaves_at_least_one_round():
     assert clock.now == 200.0
 
 
+def test_a_budget_does_not_cut_the_least_rounds():
+    clock = FakeClock()
+    functions = {name: lambda: clock.advance(1.0) for name in "ab"}
+    results = time_interleaved(
+        functions, rounds=100, budget_seconds=1.0, least_rounds=7, clock=clock
+    )
+    assert [results[name].count for name in "ab"] == [7, 7]
+
+
+def test_after_a_failure_what_functions_share_is_rebuilt_before_the_next_runs():
+    events = []
+
+    def fails():
+        events.append("fails")
+        raise ValueError("no luck")
+
+    functions = {"bad": fails, "good": lambda: events.append("good")}
+    results = time_interleaved(
+        functions, rounds=1, warmup=0, on_error=lambda: events.append("rebuilt")
+    )
+    assert events == ["fails", "rebuilt", "good", "good"]
+    assert results["good"].count == 1
+
+
+def test_one_interruption_of_short_calls_hides_nothing():
+    clock = FakeClock()
+    # First calls, first samples, four more; then only long calls are not repeated.
+    seconds = {"short": [9.0, 0.15, 0.01, 0.01, 0.01, 0.01, 0.01], "long": [9.0, 0.5]}
+
+    def function(name):
+        return lambda: clock.advance(seconds[name].pop(0))
+
+    timings = first_samples({name: function(name) for name in seconds}, clock=clock)
+    assert seconds == {"short": [], "long": []}
+    assert timings["short"].first_seconds == pytest.approx(9.0)
+    assert timings["short"].median == pytest.approx(0.01)
+    assert timings["long"].median == pytest.approx(0.5)
+
+
+def test_what_fails_when_it_is_repeated_has_failed():
+    clock = FakeClock()
+    calls = iter([None, None, None, ValueError("no luck")])
+
+    def function():
+        clock.advance(0.01)
+        if error := next(calls):
+            raise error
+
+    timings = first_samples({"short": function}, clock=clock)["short"]
+    assert "no luck" in str(timings.error)
+    assert timings.samples == ()
+
+
 def test_wait_for_the_device_is_part_of_the_time(monkeypatch):
     clock = FakeClock()
     waited_for = []
@@ -121,11 +174,11 @@ def test_the_device_is_waited_for_after_the_last_call_of_a_sample(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"calls": 0}, "`calls` must be"),
-        ({"rounds": 0}, "`rounds` must be an integer of at least 1. Received: rounds=0"),
-        ({"warmup": -1}, "`warmup` must be"),
-        ({"budget_seconds": 0}, "`budget_seconds` must be above 0"),
-        ({"functions": {"a": 3}}, "`functions` must map"),
+        ({"calls": 0}, "Expected `calls` to be"),
+        ({"rounds": 0}, "Expected `rounds` to be an integer of at least 1. Received: rounds=0"),
+        ({"warmup": -1}, "Expected `warmup`"),
+        ({"budget_seconds": 0}, "Expected `budget_seconds` to be above 0"),
+        ({"functions": {"a": 3}}, "Expected `functions` to map"),
     ],
 )
 def test_arguments_of_time_interleaved(arguments, message):
@@ -143,9 +196,9 @@ def test_no_functions_give_no_results():
 def test_timings():
     timings = Timings(tuple(float(n) for n in range(11)))
     assert (timings.p10, timings.median, timings.p90) == (1.0, 5.0, 9.0)
-    assert timings.spread == pytest.approx(8 / 5)
+    assert timings.relative_interquartile_range == pytest.approx(5 / 5)
     assert timings.count == 11
-    assert Timings().spread is None
+    assert Timings().relative_interquartile_range is None
     assert Timings().p10 is None
     assert "median of 11" in str(timings)
 
@@ -160,7 +213,7 @@ def test_synchronize_takes_nested_values():
 def test_synchronize_in_a_graph_is_an_error():
     import tensorflow as tf
 
-    with pytest.raises(RuntimeError, match="must be called eagerly"):
+    with pytest.raises(RuntimeError, match="to be called eagerly"):
         tf.function(synchronize)()
 
 

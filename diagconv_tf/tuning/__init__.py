@@ -1,4 +1,4 @@
-"""tune: measure what a model's convolutions cost, and choose for each of them."""
+"""`tune`: measures a model's training step with several lowerings, and chooses."""
 
 from diagconv_tf.tuning.tuner import tune
 

@@ -1,9 +1,11 @@
 """Measurements on disk, so that nothing is measured twice.
 
-One small JSON file per thing that was measured, named by a hash of all that its
-times depend on, which the file also holds in words. Files are written aside and
-renamed, under a lock: any number of processes may share a folder. Whatever is
-wrong with the folder or a file costs one warning and the time to measure again.
+One small JSON file for each contest: what was measured together, in the same rounds.
+A contest is kept whole and read whole. So times are only compared that were measured
+side by side, and another candidate means another contest. The file's name is a hash
+of all that the times depend on, which the file also holds in words. Files are written
+aside and renamed: any number of processes may share a folder. Whatever is wrong with
+the folder or a file costs one warning and the time to measure again.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import filelock
 import platformdirs
 from absl import logging
 
@@ -24,11 +25,10 @@ from diagconv_tf import files
 from diagconv_tf.measurements import Measured
 from diagconv_tf.text import to_readable_json
 
-#: Names the folder, where the argument does not.
+#: Names the folder where the argument does not.
 ENVIRONMENT_VARIABLE = "DIAGCONV_CACHE_DIR"
 
-_FORMAT = 1
-_LOCK_SECONDS = 10.0
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CacheEntry:
     Attributes:
         path: the file.
         key: what was measured, and where.
-        measured: name → times.
+        measured: name → times, of one contest.
     """
 
     path: pathlib.Path
@@ -61,7 +61,7 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
 
 
 class Cache:
-    """Measurements by key.
+    """Contests by key.
 
     A key is a dict in JSON's types. It must hold all that times depend on.
 
@@ -75,7 +75,7 @@ class Cache:
         self._warned = False
 
     def read(self, key: Mapping[str, Any]) -> dict[str, Measured]:
-        """Name → times of what was measured for `key`; empty where nothing was."""
+        """Name → times of the contest with this key; empty where there is none."""
         path = self._path(key)
         try:
             return dict(_read(path).measured)
@@ -85,18 +85,16 @@ class Cache:
             self._warn("read", path, error)
             return {}
 
-    def add(self, key: Mapping[str, Any], measured: Mapping[str, Measured]) -> None:
-        """Adds to what is there for `key`; the new replaces the old of the same name."""
+    def write(self, key: Mapping[str, Any], measured: Mapping[str, Measured]) -> None:
+        """Keeps a contest; it replaces the one that was there."""
         path = self._path(key)
+        content = CacheEntry(path, key, measured).to_dict()
+        del content["path"]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS):
-                merged = {**self.read(key), **measured}
-                content = CacheEntry(path, key, merged).to_dict()
-                del content["path"]
-                files.write_text(path, to_readable_json({"format": _FORMAT, **content}))
-        except (OSError, filelock.Timeout) as error:
-            self._warn("write", path, error)
+            files.write_text(path, to_readable_json({"format": _FORMAT, **content}))
+        except OSError as error:
+            self._warn("written", path, error)
 
     def entries(self) -> Iterator[CacheEntry]:
         """Everything that can be read, in the order of the files' names."""
@@ -110,20 +108,18 @@ class Cache:
         """Removes all entries, readable or not.
 
         Returns:
-            How many there were.
+            The number of entries there were.
 
         Raises:
             OSError: if one cannot be removed.
         """
         paths = self._files()
-        if paths:
-            with filelock.FileLock(self.folder / ".lock", timeout=_LOCK_SECONDS):
-                for path in paths:
-                    path.unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
         return len(paths)
 
     def _files(self) -> list[pathlib.Path]:
-        # Only names that the cache gives: the folder may be anybody's.
+        # Only names that the cache gives: the folder may hold other files.
         try:
             return sorted(self.folder.glob("*-" + "[0-9a-f]" * 32 + ".json"))
         except OSError:
@@ -132,12 +128,12 @@ class Cache:
     def _path(self, key: Mapping[str, Any]) -> pathlib.Path:
         return self.folder / f"{key['what']}-{_hash(key)}.json"
 
-    def _warn(self, verb: str, path: pathlib.Path, error: Exception) -> None:
+    def _warn(self, done: str, path: pathlib.Path, error: Exception) -> None:
         if not self._warned:
             logging.warning(
                 "The cache of measurements cannot be %s, and what is missing is measured again: "
                 "%s: %s",
-                {"read": "read", "write": "written"}[verb],
+                done,
                 path,
                 " ".join(str(error).split()),
             )

@@ -1,4 +1,4 @@
-"""A batch to train on, for timing: given, or made up to fit the model and its loss."""
+"""A batch to train on, for timing: given, or synthetic, to fit the model and its loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SampleBatch:
         x: inputs.
         y: targets, or None.
         sample_weight: or None.
-        synthetic: what of these is made up, of `"x"` and `"y"`.
+        synthetic: which of `"x"` and `"y"` are synthetic.
     """
 
     x: Any
@@ -30,17 +30,17 @@ class SampleBatch:
     synthetic: tuple[str, ...]
 
 
-def check_inputs_can_be_made_up(model: keras.Model, batch_size: int) -> None:
+def check_synthetic_inputs(model: keras.Model, batch_size: int) -> None:
     """Refuses models for which `tune` needs `data`.
 
     Raises:
-        ValueError: if a size is not known, or an input takes integers: of
-            which range, the model does not say.
+        ValueError: if a size is not known, or an input takes integers, whose
+            range the model does not say.
     """
     for tensor in keras.tree.flatten(tracing.symbolic_inputs(model, batch_size)):
         if not keras.backend.is_float_dtype(tensor.dtype):
             raise ValueError(
-                "Expected `data`, a sample batch, for a model whose inputs cannot be made up. "
+                "Expected `data`, a sample batch, for a model without synthetic inputs. "
                 f"Received: data=None, and the input '{tensor.name}' of dtype {tensor.dtype}"
             )
 
@@ -53,18 +53,18 @@ def sample_batch(model: keras.Model, batch_size: int, data: Any = None) -> Sampl
         batch_size: images in the batch. `data` of another size is cut, or
             repeated.
         data: as `fit` takes a batch: `x`, `(x, y)` or `(x, y, sample_weight)`.
-            What is missing is made up: inputs normally distributed; targets
+            What is missing is synthetic: inputs normally distributed; targets
             uniform between 0.1 and 0.9, of the outputs' shapes; or class
             numbers, for sparse losses.
 
     Raises:
-        ValueError: if the inputs cannot be made up.
+        ValueError: if the inputs cannot be synthetic.
     """
     rng = np.random.default_rng(0)
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
     synthetic = []
     if x is None:
-        check_inputs_can_be_made_up(model, batch_size)
+        check_synthetic_inputs(model, batch_size)
         declared = tracing.symbolic_inputs(model, batch_size)
         x = keras.tree.map_structure(lambda tensor: rng.normal(size=tensor.shape), declared)
         x = keras.tree.map_structure(_to_tensor, x, keras.tree.map_structure(_dtype, declared))
@@ -72,7 +72,7 @@ def sample_batch(model: keras.Model, batch_size: int, data: Any = None) -> Sampl
     else:
         x = keras.tree.map_structure(lambda value: _resized(value, batch_size), x)
     if y is None:
-        y = _made_up_targets(model, x, rng)
+        y = _synthetic_targets(model, x, rng)
         synthetic.append("y")
     else:
         y = keras.tree.map_structure(lambda value: _resized(value, batch_size), y)
@@ -81,7 +81,7 @@ def sample_batch(model: keras.Model, batch_size: int, data: Any = None) -> Sampl
     return SampleBatch(x, y, weight, tuple(synthetic))
 
 
-def _made_up_targets(model: keras.Model, x: Any, rng: np.random.Generator) -> Any:
+def _synthetic_targets(model: keras.Model, x: Any, rng: np.random.Generator) -> Any:
     symbolic = keras.tree.map_structure(lambda v: keras.KerasTensor(v.shape, _dtype(v)), x)
     outputs = model.compute_output_spec(symbolic)
     flat = keras.tree.flatten(outputs)

@@ -1,57 +1,63 @@
-"""tune: which lowering is the fastest for each layer, where the model will train.
+"""`tune`: which lowerings train a model fastest, measured where it will train.
 
-Every distinct problem is measured alone, pass by pass; but under a compiler that
-fuses, times of layers do not add up. So the whole model decides: the training
-step of stock, of the best choices, and of single lowerings for all layers, timed
-in turn. What is not faster than stock there is not chosen.
+A contest of whole training steps decides, among stock and a few choices for all layers:
+under a compiler that fuses, times of layers do not add up. (In all 16 plans of
+scripts/results, one lowering for all layers won.) With `per_layer=True` every distinct
+workload is measured alone, too, and the choice for each enters the contest.
 
-Where several devices share a batch, each computes its own images: measured is
-one replica's share, on one device, and where there are several processes on the
-first of them.
+Where several devices share a batch, each computes its own images: one replica's part is
+measured on one device, and where there are several processes on the first of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import rich.progress
 from absl import logging
+from rich.console import Console
 
 from diagconv_tf import distribution, keras_internals
-from diagconv_tf.distribution import Replicas
+from diagconv_tf.distribution import Replicas, from_first_process
 from diagconv_tf.environment import Conditions
 from diagconv_tf.inspection import Inspection, inspect_model
 from diagconv_tf.layers import kernel_channels_axis
-from diagconv_tf.lowerings import LoweringLike, why_not
-from diagconv_tf.measurements import Measured, ProblemMeasurements
+from diagconv_tf.lowerings import LoweringLike, parse
+from diagconv_tf.measurements import (
+    WRONG_NUMBERS,
+    Measured,
+    WorkloadMeasurements,
+    least_rounds,
+)
 from diagconv_tf.model_tree import check_built
 from diagconv_tf.plan import Plan
 from diagconv_tf.rules import DEFAULT_RULES, Rule
 from diagconv_tf.spec import PASSES, STOCK
-from diagconv_tf.tuning import candidates, choosing, keys
+from diagconv_tf.text import summarize_error
+from diagconv_tf.tuning import candidates, checking, choosing, keys
 from diagconv_tf.tuning.cache import Cache
-from diagconv_tf.tuning.first_process import from_first_process
-from diagconv_tf.tuning.measuring import ProblemBench
-from diagconv_tf.tuning.problems import LayersOfProblem, Problem, distinct_problems
-from diagconv_tf.tuning.progress import Progress
-from diagconv_tf.tuning.sample_batch import check_inputs_can_be_made_up
-from diagconv_tf.tuning.training_bench import ROUNDS_SECONDS, TrainingBench, Variant
+from diagconv_tf.tuning.candidates import Variant
+from diagconv_tf.tuning.contest import ROUNDS_SECONDS, Contest
+from diagconv_tf.tuning.layer_benchmark import LayerBenchmark
+from diagconv_tf.tuning.sample_batch import check_synthetic_inputs
+from diagconv_tf.tuning.workloads import LayersOfWorkload, distinct_workloads
 
-#: The variant in which each problem has its own choice.
-PLAN = "plan"
+#: The variant in which each layer has the lowering that was fastest for it alone.
+PER_LAYER = "per_layer"
 
-#: Other sizes of blocks are tried where the best blocks are within this factor
-#: of the best of all.
-_NEAR_THE_BEST = 1.5
+#: Of a budget, so many times stock's first step is kept for that of a variant.
+_FIRST_STEPS_RESERVED = 1.5
 
-#: Of a budget, what the steps of the whole model need is kept free: so many
-#: first steps of stock (a plan's takes up to twice as long), and single steps.
-_FIRST_STEPS_RESERVED = 2.5
-_STEPS_RESERVED = 8
+#: Tells the user what begins now.
+Report = Callable[[str], None]
 
 
 def tune(
@@ -64,16 +70,25 @@ def tune(
     cache_dir: str | os.PathLike | None = None,
     refresh: bool = False,
     rules: Sequence[Rule] = DEFAULT_RULES,
+    per_layer: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Plan:
-    """Measures which lowering trains each layer of a model fastest, here.
+    """Measures which lowerings train a model fastest, here.
+
+    Stock and a few variants of the model train in turn for some steps each. A
+    variant is chosen only if it is faster than stock, round by round: with a
+    probability of at most 1 % any variant wins that is not
+    (`measurements.ratios_to_stock`). Nor can a variant win that computes wrong
+    numbers: every distinct workload of the winner is compared with float64
+    (`tuning.checking`). It takes the compilation of stock and of each variant,
+    and some seconds.
 
     The model is not changed; a copy of it is trained, with its loss and its
     optimizer. A model that is not compiled is tuned with a mean of squares and
     plain gradient descent.
 
     For a model of a `tf.distribute.Strategy`, or under a `keras.distribution`,
-    one replica's share of a batch is measured on one device. Where there are
+    one replica's part of a batch is measured on one device. Where there are
     several processes, all must call this: the first one measures, the others
     wait for its plan.
 
@@ -82,26 +97,27 @@ def tune(
         batch_size: images in a batch, as it will be trained, of all replicas
             together.
         data: a sample batch as `fit` takes it, `x`, `(x, y)` or
-            `(x, y, sample_weight)`; for models whose inputs cannot be made up
-            (integers, text, open sizes), or whose targets cannot.
+            `(x, y, sample_weight)`; for models whose inputs, or targets, cannot
+            be synthetic (integers, text, open sizes).
         jit_compile: as for `compile`: whether the training step will be
             compiled. `"auto"` means as the model was compiled. On JAX it must
             be: Keras runs there eagerly what it does not compile.
-        budget_seconds: measure for about so many seconds. Problems with few
-            FLOPs are then left out first, and get the choice of the most
-            similar one that was measured, or stay stock. The steps of stock
-            and of the plan are timed even if that takes longer. None means as
-            long as it takes.
-        cache_dir: where measurements are kept; None means what
+        budget_seconds: measure for about so many seconds. Variants for which no
+            time is left are not tried, those that compile slowly first. Stock is
+            timed even if that takes longer. None means as long as it takes.
+        cache_dir: where contests are kept; None means what
             `DIAGCONV_CACHE_DIR` names, else the user's cache folder.
         refresh: measure again what the cache knows.
         rules: which layer classes can become which.
+        per_layer: also measure each distinct workload alone, pass by pass, and
+            let the best choice for each compete. It takes minutes, and compiles
+            a function for each workload, pass and lowering.
         clock: returns the time in seconds.
 
     Returns:
         A plan for `rewrite`, with all that was measured. Where nothing is
-        faster than stock by more than the spread, all its choices are
-        `"stock"`, and its `reason` says so.
+        faster than stock, all its choices are `"stock"`, and its `reason` says
+        so.
 
     Raises:
         ValueError: if `model` is not a built Keras model or cannot be copied
@@ -114,7 +130,7 @@ def tune(
     _check_arguments(batch_size, jit_compile, budget_seconds)
     check_built(model)
     replicas = distribution.replicas_of(model)
-    share = replicas.per_replica_batch(batch_size)
+    per_replica_batch = replicas.per_replica_batch(batch_size)
     compiled = _will_be_compiled(model, jit_compile)
     _check_not_eager(model, compiled)
     if distribution.strategy_of(model) is not None:
@@ -123,15 +139,15 @@ def tune(
         jit_compile = compiled
 
     def measure() -> Plan:
-        inspection = inspect_model(model, share, data=data, rules=rules)
+        inspection = inspect_model(model, per_replica_batch, data=data, rules=rules)
         if inspection.unknown:
             raise ValueError(
                 f"Expected a model that can be called. Received: '{model.name}': "
                 f"{inspection.unknown}"
             )
         if data is None:
-            check_inputs_can_be_made_up(model, share)
-        _warn_of_divided_channels(model, inspection)
+            check_synthetic_inputs(model, per_replica_batch)
+        _warn_of_sharded_channels(model, inspection)
         tuner = _Tuner(
             model=model,
             batch_size=batch_size,
@@ -139,9 +155,10 @@ def tune(
             conditions=Conditions.current(compiled, replicas.num_replicas),
             cache=Cache(cache_dir),
             refresh=refresh,
+            per_layer=per_layer,
             clock=clock,
             deadline=None if budget_seconds is None else clock() + budget_seconds,
-            make_bench=lambda: TrainingBench(model, share, data, jit_compile, rules, clock),
+            make_contest=lambda: Contest(model, per_replica_batch, data, jit_compile, rules, clock),
             data=data,
         )
         return tuner.run()
@@ -206,12 +223,12 @@ def _check_strategy_can_compile(compiled: bool, replicas: Replicas) -> None:
         )
 
 
-def _warn_of_divided_channels(model: keras.Model, inspection: Inspection) -> None:
+def _warn_of_sharded_channels(model: keras.Model, inspection: Inspection) -> None:
     axes = [kernel_channels_axis(row.layer) for row in inspection.rows if row.eligible]
     if any(axis is not None and axis.size > 1 for axis in axes):
         logging.warning(
-            "%s: devices share the channels of some layers. Measured is one device that computes "
-            "all channels of its images.",
+            "%s: the channels of some layers are sharded. One device is measured that computes all "
+            "channels of its images.",
             model.name,
         )
 
@@ -226,200 +243,156 @@ class _Tuner:
     conditions: Conditions
     cache: Cache
     refresh: bool
+    per_layer: bool
     clock: Callable[[], float]
     deadline: float | None
-    make_bench: Callable[[], TrainingBench]
+    make_contest: Callable[[], Contest]
     data: Any
-    bench: TrainingBench | None = None
-    reserved: float = 0.0
 
     def run(self) -> Plan:
-        groups = distinct_problems(self.inspection)
+        groups = distinct_workloads(self.inspection)
         if not groups:
             return self._plan({}, (), {}, "No convolution with groups can be rewritten.")
-        with Progress(len(groups) * len(PASSES) + 2) as progress:
-            problems = self._measure_problems(groups, progress)
-            variants = self._variants(problems)
-            progress.report("whole training steps", len(groups) * len(PASSES))
-            steps = self._measure_variants(variants, progress)
-        choice = choosing.choose_variant(steps)
-        return self._plan(variants[choice.name], problems, steps, f"{choice.name}: {choice.reason}")
+        variants = candidates.contest_variants(groups, self.conditions)
+        with _progress(len(variants) + 3 + self.per_layer * len(groups)) as report:
+            workloads = tuple(self._measured_alone(group, report) for group in groups)
+            alone = {
+                path: w.choice
+                for w in workloads
+                if w.choice not in (None, STOCK)
+                for path in w.layers
+            }
+            if alone and alone not in variants.values():
+                variants = {PER_LAYER: alone, **variants}
+            steps, choice = self._decide({STOCK: {}, **variants}, report)
+        variant = variants.get(choice.name, {})
+        return self._plan(variant, workloads, steps, f"{choice.name}: {choice.reason}")
 
-    def _measure_problems(
-        self, groups: Sequence[LayersOfProblem], progress: Progress
-    ) -> tuple[ProblemMeasurements, ...]:
-        measured: list[ProblemMeasurements] = []
-        left_out: list[LayersOfProblem] = []
-        for index, group in enumerate(groups):
-            progress.report(group.paths[0], index * len(PASSES))
-            passes = self._measure_problem(group, progress)
-            if set(passes) != set(PASSES):
-                left_out.append(group)
-                continue
-            choice = choosing.choose_lowering(passes, group.problem.native_is_stock)
-            measured.append(_measurements(group, passes, choice))
-        known = list(measured)
-        for group in left_out:
-            choice = choosing.choose_by_similarity(group.problem, known)
-            measured.append(_measurements(group, {}, choice))
-        return tuple(measured)
+    def _measured_alone(self, group: LayersOfWorkload, report: Report) -> WorkloadMeasurements:
+        """A workload, with its times if they are asked for and the budget allows."""
+        workload = group.workload
+        measurements = WorkloadMeasurements(workload.spec, workload.stock_op, group.paths)
+        if not self.per_layer:
+            return measurements
+        report(group.paths[0])
+        names = candidates.layer_candidates(workload, self.conditions)
+        key = keys.of_workload(workload, names, self.conditions)
+        known = {} if self.refresh else self.cache.read(key)
+        if known:
+            passes = {p: {n: known[f"{p}/{n}"] for n in names} for p in PASSES}
+        else:
+            _ = self._contest  # A model that cannot be trained is refused at once.
+            if self._seconds_left() <= 0:
+                return dataclasses.replace(measurements, reason="not measured: no time was left")
+            passes = LayerBenchmark(workload, self.conditions, self.clock).measure(names)
+            self._keep(
+                key, {f"{p}/{n}": m for p, found in passes.items() for n, m in found.items()}
+            )
+        choice = choosing.choose_lowering(passes, workload.native_is_stock)
+        return dataclasses.replace(
+            measurements, passes=passes, choice=choice.name, reason=choice.reason
+        )
 
-    def _measure_problem(
-        self, group: LayersOfProblem, progress: Progress
-    ) -> dict[str, dict[str, Measured]]:
-        """Pass → candidate → times; passes are missing where time was short."""
-        problem = group.problem
-        cache_keys = {
-            name: keys.of_problem(problem, name, self.conditions) for name in (STOCK, "lowerings")
-        }
-        known = {} if self.refresh else self._read_problem(cache_keys)
-        bench: ProblemBench | None = None
-        passes: dict[str, dict[str, Measured]] = {}
-        for pass_name in PASSES:
-            found: dict[str, Measured] = {}
-            for names in self._waves(problem, found):
-                missing = [n for n in names if f"{pass_name}/{n}" not in known]
-                if missing:
-                    if self.bench is None:
-                        self._start()
-                    if self._seconds_left(self.reserved) <= 0:
-                        # Failures are not kept; what did not fail may be enough.
-                        names = [n for n in names if n not in missing]
-                        if not found and STOCK not in names:
-                            return passes
-                        found.update((n, known[f"{pass_name}/{n}"]) for n in names)
-                        break
-                    bench = bench or ProblemBench(problem, self.conditions, self.clock)
-                    times = [m.median for m in found.values() if m.ok]
-                    new = bench.measure(pass_name, missing, min(times, default=None))
-                    new = {f"{pass_name}/{name}": m for name, m in new.items()}
-                    known.update(new)
-                    self._write_problem(cache_keys, new)
-                found.update((n, known[f"{pass_name}/{n}"]) for n in names)
-            passes[pass_name] = found
-            progress.advance()
-        return passes
-
-    def _waves(self, problem: Problem, found: Mapping[str, Measured]) -> Iterator[list[str]]:
-        """Candidates to measure together; what comes later depends on what was `found`."""
-        yield candidates.first_candidates(problem, self.conditions)
-        times = {name: m.median for name, m in found.items() if m.ok}
-        blocks = [time for name, time in times.items() if name.startswith(("diagonal", "dense"))]
-        if blocks and min(blocks) <= _NEAR_THE_BEST * min(times.values()):
-            yield candidates.further_candidates(problem, self.conditions)
-
-    def _read_problem(self, cache_keys: Mapping[str, Any]) -> dict[str, Measured]:
-        return {n: m for key in cache_keys.values() for n, m in self.cache.read(key).items()}
-
-    def _write_problem(self, cache_keys: Mapping[str, Any], new: Mapping[str, Measured]) -> None:
-        new = {name: m for name, m in new.items() if m.lasts}
-        # What stock runs depends on the layer, what lowerings do does not.
-        stock = {name: m for name, m in new.items() if name.endswith(f"/{STOCK}")}
-        for key, part in (
-            (cache_keys[STOCK], stock),
-            (cache_keys["lowerings"], {n: m for n, m in new.items() if n not in stock}),
-        ):
-            if part:
-                self.cache.add(key, part)
-
-    def _start(self) -> None:
-        """Trains stock for a step: that tells what to keep time for.
+    @functools.cached_property
+    def _contest(self) -> Contest:
+        """The contest, in which stock has made its first steps.
 
         Raises:
             ValueError: if the model cannot be trained, in stock or in any other
-                layers; asked before hours of measuring.
+                layers.
         """
-        self.bench = self.make_bench()
-        stock = self.bench.add(STOCK, {})
+        contest = self.make_contest()
+        stock = contest.add(STOCK, {})
         if not stock.ok:
             native = {row.path: "native" for row in self.inspection.rows if row.eligible}
-            if not self.bench.add("native", native).ok:
-                _raise_untrainable(self.model, stock, self.bench.batch.synthetic)
-        if stock.ok and self.deadline is not None:
-            self.reserved = (
-                _FIRST_STEPS_RESERVED * stock.first_seconds + _STEPS_RESERVED * stock.median
-            )
+            if not contest.add("native", native).ok:
+                _raise_untrainable(self.model, stock, contest.batch.synthetic)
+        return contest
 
-    def _variants(self, problems: Sequence[ProblemMeasurements]) -> dict[str, Variant]:
-        """What is timed in the whole model, by name."""
-        rows = {row.path: row for row in self.inspection.rows}
-        plan = {path: p.choice for p in problems for path in p.layers if p.choice != STOCK}
-        variants: dict[str, Variant] = {STOCK: {}, PLAN: plan}
-        for name in choosing.promising_lowerings(problems):
-            variant = {
-                path: name
-                for problem in problems
-                # Where it was not worth measuring, it would be slow.
-                if not problem.passes or problem.runs(name)
-                for path in problem.layers
-                if not any(why_not(spec, name) for spec in rows[path].specs)
-            }
-            if variant and variant not in variants.values():
-                variants[name] = variant
-        if not plan:
-            del variants[PLAN]
-        return variants
+    def _decide(
+        self, variants: Mapping[str, Variant], report: Report
+    ) -> tuple[dict[str, Measured], choosing.Choice]:
+        """The times of whole training steps, and the variant that they speak for."""
+        key = keys.of_contest(self.model, self.inspection, self.data, self.conditions, variants)
+        known = {} if self.refresh else self.cache.read(key)
+        # With a budget, a contest with fewer variants is as good as can be had.
+        if known and (self.deadline is not None or set(known) == set(variants)):
+            return known, choosing.choose_variant(known)
+        steps = self._run_contest(variants, report)
+        choice = choosing.choose_variant(steps)
+        report("the numbers of the fastest")
+        while choice.name != STOCK and (wrong := self._why_wrong(variants[choice.name])):
+            steps[choice.name] = Measured.failed(wrong, steps[choice.name].first_seconds)
+            choice = choosing.choose_variant(steps)
+        self._keep(key, steps)
+        return steps, choice
 
-    def _measure_variants(
-        self, variants: Mapping[str, Variant], progress: Progress
-    ) -> dict[str, Measured]:
-        key = keys.of_training_step(
-            self.model, self.inspection, self.data, self.conditions, variants
-        )
-        if not self.refresh:
-            known = self.cache.read(key)
-            least = variants if self.deadline is None else {STOCK, PLAN} & set(variants)
-            if known and set(least) <= set(known):
-                return {name: known[name] for name in variants if name in known}
-        if self.bench is None:
-            self._start()
-        bench = self.bench
+    def _run_contest(self, variants: Mapping[str, Variant], report: Report) -> dict[str, Measured]:
+        report(f"first steps: {STOCK}")
+        contest = self._contest
+        stock = contest.first[STOCK]
         names = [STOCK]
         for name, variant in variants.items():
             if name == STOCK:
                 continue
-            expected = 1.5 * (bench.first[STOCK].first_seconds or 0.0)
-            if name != PLAN and self._seconds_left(expected) <= 0:
-                continue
-            bench.add(name, variant)
-            names.append(name)
-        progress.advance()
-        left = self._seconds_left(0.0)
-        steps = bench.time(names, seconds=max(min(ROUNDS_SECONDS, left), 1e-3))
-        progress.advance()
-        # They were timed in turn, to be compared: kept are all of them, or none.
-        if all(step.lasts for step in steps.values()):
-            self.cache.add(key, steps)
-        return steps
+            report(f"first steps: {name}")
+            entered = [contest.first[n].median for n in names if contest.first[n].ok]
+            rounds = least_rounds(len(names)) * sum(entered)
+            expected = _FIRST_STEPS_RESERVED * (stock.first_seconds or 0.0) + rounds
+            if self._seconds_left() > expected:
+                contest.add(name, variant)
+                names.append(name)
+        report("training steps in turn")
+        return contest.time(names, seconds=max(min(ROUNDS_SECONDS, self._seconds_left()), 1e-3))
 
-    def _seconds_left(self, reserved: float) -> float:
-        if self.deadline is None:
-            return float("inf")
-        return self.deadline - self.clock() - reserved
+    def _why_wrong(self, variant: Variant) -> str:
+        """The error of a variant that computes wrong numbers; empty where all are right."""
+        distinct = {
+            (spec, str(parse(variant[row.path]))): variant[row.path]
+            for row in self.inspection.rows
+            if row.path in variant
+            for spec in row.specs
+        }
+        for (spec, _), lowering in distinct.items():
+            try:
+                if wrong := checking.why_wrong(spec, lowering, self.conditions):
+                    return f"{WRONG_NUMBERS}: {wrong}"
+            except Exception as error:
+                return f"its numbers cannot be checked: {summarize_error(error)}"
+        return ""
+
+    def _keep(self, key: Mapping[str, Any], contest: Mapping[str, Measured]) -> None:
+        # Failures may pass. Times are compared with those of the same rounds only, so
+        # all of them are kept, or none.
+        if all(measured.lasts for measured in contest.values()):
+            self.cache.write(key, contest)
+
+    def _seconds_left(self) -> float:
+        return float("inf") if self.deadline is None else self.deadline - self.clock()
 
     def _plan(
         self,
         variant: Variant,
-        problems: tuple[ProblemMeasurements, ...],
+        workloads: tuple[WorkloadMeasurements, ...],
         steps: Mapping[str, Measured],
         reason: str,
     ) -> Plan:
-        wanted = {path: variant.get(path, STOCK) for p in problems for path in p.layers}
+        wanted = {path: variant.get(path, STOCK) for w in workloads for path in w.layers}
         plan = Plan(
             conditions=self.conditions,
-            lowerings={p.spec: wanted[p.layers[0]] for p in reversed(problems)},
+            lowerings={w.spec: wanted[w.layers[0]] for w in reversed(workloads)},
             reason=reason,
             batch_size=self.batch_size,
-            problems=problems,
+            workloads=workloads,
             steps=steps,
         )
         return dataclasses.replace(plan, overrides=self._overrides(plan, wanted))
 
     def _overrides(self, plan: Plan, wanted: Mapping[str, LoweringLike]) -> dict[str, LoweringLike]:
-        """Paths of layers for which the problem does not say what is wanted.
+        """Paths of layers for which the spec does not say what is wanted.
 
-        So it is where two classes pose the same problem, or sizes are open,
-        and then several problems fit.
+        So it is where two classes of layers have equal specs, or where sizes
+        are open, so that several specs fit.
         """
         rows = self.inspection.rows
         if self.data is not None:
@@ -437,13 +410,29 @@ class _Tuner:
         return overrides
 
 
-def _measurements(
-    group: LayersOfProblem, passes: Mapping[str, Mapping[str, Measured]], choice: choosing.Choice
-) -> ProblemMeasurements:
-    problem = group.problem
-    return ProblemMeasurements(
-        problem.spec, problem.stock_op, group.paths, passes, choice.name, choice.reason
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """Shows progress, with the time left, on standard error; nothing without a terminal.
+
+    Args:
+        total: number of steps of the work.
+
+    Yields:
+        A function that says what begins now.
+    """
+    console = Console(stderr=True)
+    columns = (
+        rich.progress.TextColumn("tuning {task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left:"),
+        rich.progress.TimeRemainingColumn(),
     )
+    hidden = not console.is_terminal
+    with rich.progress.Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        begun = itertools.count()
+        yield lambda what: bar.update(task, description=what, completed=next(begun))
 
 
 def _raise_untrainable(model: keras.Model, stock: Measured, synthetic: tuple[str, ...]) -> None:

@@ -1,0 +1,237 @@
+"""Times whole training steps of a model's variants, in turn, on one copy of it.
+
+Layers change class in place, so all variants share one copy of the model, its
+weights and its optimizer: after the change Keras makes a training function, whose
+first call traces and compiles. Functions compiled earlier stay what they were; but
+because an uncompiled one reads the layers at each call, a variant's classes are set
+before every step, which takes microseconds.
+
+All variants start from the same values. After a step that fails the model goes back to
+them: JAX gives the state away with each step, so it is lost for all variants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from absl import logging
+from keras import ops
+
+from diagconv_tf import keras_internals
+from diagconv_tf.class_swap import LayerState, become, recompile
+from diagconv_tf.copying import copy_model
+from diagconv_tf.environment import Conditions
+from diagconv_tf.measurements import Measured, least_rounds
+from diagconv_tf.model_tree import walk_layers
+from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
+from diagconv_tf.spec import STOCK
+from diagconv_tf.timing import first_samples, time_interleaved
+from diagconv_tf.tuning.candidates import Variant
+from diagconv_tf.tuning.sample_batch import sample_batch
+
+#: Timed rounds of the variants that are left after their first samples.
+ROUNDS = 31
+
+#: The rounds end after so many seconds, but not before those that a decision needs
+#: (`measurements.least_rounds`).
+ROUNDS_SECONDS = 8.0
+
+#: Steps in a sample where the device is not the host: as in `fit`, the host is ahead
+#: of it. (No GPU has been measured yet.)
+STEPS_ON_DEVICE = 5
+
+#: A variant whose first timed steps took so many times as long as the best other's
+#: is dropped; stock is not.
+DROP_ABOVE = 2.0
+
+#: Rate of the descent that an uncompiled model is tuned with.
+_LEARNING_RATE = 1e-3
+
+
+class TrainingSteps:
+    """Runs the training function of a model on one batch, again and again, as `fit` does.
+
+    `train_on_batch` reads the loss back after each step, and on JAX moves all
+    variables into the step and out of it: on a GPU this can take as long as the
+    step. On JAX the variables of the model are given away with the first step;
+    only the training goes on, with a state of its own.
+
+    Args:
+        model: a compiled model; at each step `model.train_function` runs.
+        x: inputs, on the device.
+        y: targets, or None.
+        sample_weight: or None.
+    """
+
+    def __init__(self, model: keras.Model, x: Any, y: Any, sample_weight: Any = None) -> None:
+        self.model = model
+        self.batch = (x, y, sample_weight)
+        self._is_built = False
+        self._state: Any = None
+        self._initial: list[tuple[keras.Variable, np.ndarray]] | None = None
+
+    def run(self) -> tuple[Any, Any]:
+        """Runs one step.
+
+        Returns:
+            The logs, and on JAX the state, which is computed apart from them:
+            both have to be waited for.
+        """
+        self._build()
+        backend = keras.backend.backend()
+        train = self.model.train_function
+        if backend == "jax":
+            if self._state is None:
+                self._state = keras_internals.take_training_state(self.model)
+            logs, self._state = train(self._state, iter([self.batch]))
+            return logs, self._state
+        return train([self.batch] if backend == "torch" else iter([self.batch])), None
+
+    def rewind(self) -> None:
+        """Goes back to the values at its first call, which keeps them on the host.
+
+        It does so after a failed step, too: JAX may have deleted the state by then.
+        """
+        self._build()
+        self._state = None
+        if self._initial is None:
+            model = self.model
+            if not model.optimizer.built:  # Only JAX needs it before the first step.
+                model.optimizer.build(model.trainable_variables)
+            variables = [
+                *model.trainable_variables,
+                *model.non_trainable_variables,
+                *model.optimizer.variables,
+                *model.metrics_variables,
+            ]
+            # A copy: the arrays of a CPU may share memory with the variables.
+            self._initial = [(v, np.array(ops.convert_to_numpy(v))) for v in variables]
+        for variable, value in self._initial:
+            variable.assign(value)
+
+    def _build(self) -> None:
+        if not self._is_built:
+            keras_internals.build_for_training(self.model, self.batch)
+            self._is_built = True
+
+
+class Contest:
+    """A copy of a model, to be trained in several variants on one device.
+
+    Args:
+        model: a built model; it is not changed.
+        batch_size: images in a batch.
+        data: a sample batch, or None; see `sample_batch`.
+        jit_compile: as for `compile`; `"auto"` keeps what the model has.
+        rules: which layers can be rewritten.
+        clock: returns the time in seconds.
+
+    Raises:
+        ValueError: if no faithful copy can be made, or no inputs synthesised.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        batch_size: int,
+        data: Any = None,
+        jit_compile: bool | str = "auto",
+        rules: Sequence[Rule] = DEFAULT_RULES,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.model = copy_model(model, distributed=False)
+        if not self.model.compiled:
+            logging.warning(
+                "%s is not compiled: it is tuned with a mean of squares and plain gradient "
+                "descent.",
+                model.name,
+            )
+            self.model.compile(keras.optimizers.SGD(_LEARNING_RATE), "mse", jit_compile=jit_compile)
+        elif jit_compile != "auto":
+            self.model.jit_compile = jit_compile
+        # With several steps in one execution, a sample would be their sum.
+        self.model.steps_per_execution = 1
+        self.batch = sample_batch(self.model, batch_size, data)
+        self._steps = TrainingSteps(
+            self.model, self.batch.x, self.batch.y, self.batch.sample_weight
+        )
+        on_host = Conditions.current().device_kind == "cpu"
+        self._how = {
+            "calls": 1 if on_host else STEPS_ON_DEVICE,
+            "on_error": self._steps.rewind,
+            "clock": clock,
+        }
+        self._layers = {
+            place.path: (place.layer, find_rule(place.layer, rules))
+            for place in walk_layers(self.model)
+            if find_rule(place.layer, rules) is not None
+        }
+        self._variants: dict[str, _Compiled] = {}
+        self.first: dict[str, Measured] = {}
+
+    def add(self, name: str, variant: Variant) -> Measured:
+        """Compiles a variant, and returns the times of its first steps, or its error."""
+        states = [
+            become(layer, rule, variant.get(path, STOCK))
+            for path, (layer, rule) in self._layers.items()
+        ]
+        recompile(self.model, "train")
+        self._variants[name] = _Compiled(states, self.model.train_function)
+        try:
+            self._steps.rewind()
+        except Exception as error:  # Its optimizer cannot be built, say.
+            self.first[name] = Measured.failed(error)
+        else:
+            timings = first_samples({name: lambda: self._step(name)}, **self._how)[name]
+            self.first[name] = Measured.from_timings(timings)
+        return self.first[name]
+
+    def time(
+        self,
+        names: Sequence[str],
+        rounds: int = ROUNDS,
+        seconds: float = ROUNDS_SECONDS,
+    ) -> dict[str, Measured]:
+        """Times the training steps of variants that were added, in turn.
+
+        Args:
+            names: the variants, `"stock"` among them.
+            rounds: timed steps of each.
+            seconds: the rounds end after so many, if a decision is possible.
+        """
+        measured = {name: self.first[name] for name in names}
+        running = [name for name in names if measured[name].ok]
+        best = min((measured[name].median for name in running), default=0.0)
+        left = [n for n in running if n == STOCK or measured[n].median <= DROP_ABOVE * best]
+        timings = time_interleaved(
+            {name: (lambda name=name: self._step(name)) for name in left},
+            rounds=rounds,
+            warmup=0,
+            budget_seconds=seconds,
+            least_rounds=least_rounds(len(left) - 1),
+            **self._how,
+        )
+        for name in left:
+            first_seconds = self.first[name].first_seconds
+            measured[name] = Measured.from_timings(timings[name], first_seconds, keep_samples=True)
+        return measured
+
+    def _step(self, name: str) -> tuple[Any, Any]:
+        variant = self._variants[name]
+        for state in variant.states:
+            state.set()
+        self.model.train_function = variant.train_function
+        return self._steps.run()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """A variant: what its layers are, and its training function."""
+
+    states: list[LayerState]
+    train_function: Any

@@ -99,6 +99,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--refresh", action="store_true", help="measure again what the cache knows"
     )
+    command.add_argument(
+        "--per_layer",
+        action="store_true",
+        help="also measure each distinct convolution alone (takes minutes)",
+    )
     command.add_argument("--json", action="store_true", help="print the plan as JSON")
 
     command = _add_command(

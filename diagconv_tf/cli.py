@@ -102,6 +102,7 @@ def _tune(options: argparse.Namespace) -> int:
         budget_seconds=options.budget_seconds,
         cache_dir=options.cache_dir,
         refresh=options.refresh,
+        per_layer=options.per_layer,
     )
     plan.save(options.out, options.overwrite)
     print(plan.to_json() if options.json else plan)
@@ -133,10 +134,9 @@ def _describe(entry: CacheEntry) -> str:
     if spec is None:
         what = f"training steps of {entry.key.get('name')}, batch of {entry.key.get('batch_size')}"
     else:
-        of = "stock" if "stock_op" in entry.key else "lowerings"
         kernel = "×".join(map(str, spec["kernel_size"]))
         sizes = "×".join(str(spec[name]) for name in ("batch", "height", "width", "groups"))
-        what = f"{of}: {kernel} on {sizes}, {spec['compute_dtype']}"
+        what = f"{kernel} on {sizes}, {spec['compute_dtype']}"
     return (
         f"{what}; {where.get('backend')}, {compiled}, {where.get('device_kind')}: "
         f"{len(entry.measured)} times"

@@ -1,4 +1,4 @@
-"""`StepTimer`: the clock of timing.py as a Keras callback."""
+"""`StepTimer`: a Keras callback that times training steps with the clock of timing.py."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from diagconv_tf.timing import (
 
 @dataclasses.dataclass(frozen=True)
 class StepSummary:
-    """What a `StepTimer` found; `str()` gives one readable line.
+    """What a `StepTimer` has measured; `str()` gives one readable line.
 
     Times are in seconds, and `None` where unknown. An execution is one call of
-    the train function, that is `steps_per_execution` steps.
+    the train function: `steps_per_execution` steps.
 
     Args:
         backend: Keras backend.
@@ -92,18 +92,18 @@ class StepTimer(keras.callbacks.Callback):
       callback changed is compiled;
     - the first one with a new number of images, which compiles again.
 
-    One with a smaller batch in it counts for `images_per_second`, but not as a
-    step. The number of images is what Keras itself counts for its mean loss. It
-    also shows how many steps ran at the end of an epoch, which the arguments of
-    the callback do not. Where Keras does not count (a model with its own
-    `train_step`), `batch_size` is used, and the last execution of each epoch is
-    left out because its batch may be smaller.
+    An execution with a smaller batch counts for `images_per_second`, but not as
+    a step. Keras counts the images for its mean loss, and the timer reads that
+    number; it also tells how many steps ran at the end of an epoch. Where Keras
+    does not count (a model with its own `train_step`), the timer uses
+    `batch_size`, and leaves out the last execution of each epoch, because its
+    batch may be smaller.
 
-    Put the timer first in `callbacks`: what those before it do in
-    `on_train_batch_end` would be timed. Like every callback with that method,
-    it makes Keras wait for each step instead of running ahead of the device.
+    Put the timer first in `callbacks`: it would time what those before it do in
+    `on_train_batch_end`. As every callback with that method, it makes Keras
+    wait for each step instead of running ahead of the device.
 
-    A timer describes one `fit`; the next one begins anew. What it has measured
+    A timer describes one `fit`: the next `fit` resets it. What it has measured
     remains when `fit` raises.
 
     Example:
@@ -149,7 +149,7 @@ class StepTimer(keras.callbacks.Callback):
             log_path = os.path.realpath(log_path)
             if os.path.isdir(log_path):
                 raise ValueError(
-                    "Argument `log_path` must be a file, not a folder. "
+                    "Expected `log_path` to be a file, not a folder. "
                     f"Received: log_path={log_path!r}"
                 )
             _check_folder("log_path", log_path, os.path.dirname(log_path))
@@ -208,7 +208,7 @@ class StepTimer(keras.callbacks.Callback):
         self._images_before = counter.at_epoch_begin() if counter is not None else 0.0
 
     def on_train_batch_begin(self, batch, logs=None):
-        # What other callbacks left running on the device is theirs.
+        # Work that other callbacks left running is no part of the step.
         synchronize()
         self._first_batch = batch
         self._begin = self._clock()
@@ -223,7 +223,7 @@ class StepTimer(keras.callbacks.Callback):
             self._first_step_seconds = seconds
         sample = self._sample(seconds, announced=batch - self._first_batch + 1)
         self._keep(sample)
-        # Read again: what was done above is not part of the time between.
+        # Read again: the work above is no part of the time between steps.
         self._last_end = self._clock()
 
     def on_epoch_end(self, epoch, logs=None):
@@ -343,7 +343,7 @@ class _Sample(NamedTuple):
 
 
 class _Samples:
-    """What counts of an epoch or of all; arrays, because trainings are long."""
+    """The samples of an epoch or of all; arrays, because trainings are long."""
 
     def __init__(self):
         self.executions = 0
@@ -383,11 +383,11 @@ class _ImageCounter:
 
 
 def _image_counter(model) -> _ImageCounter | None:
-    """Of how many images this epoch has had so far.
+    """A counter of the images that this epoch has had so far.
 
-    It reads the weight of Keras's mean loss. Keras's own `train_step` weighs
-    the loss of a batch with its number of images, on every backend and over all
-    replicas; a model's own may do anything, so `None` is returned for it.
+    It reads the weight of Keras's mean loss: Keras's own `train_step` weighs the
+    loss of a batch with its number of images, on every backend and over all
+    replicas. None for a model with its own `train_step`, which may do anything.
     """
     if (
         not isinstance(model, keras.Model)
@@ -418,7 +418,7 @@ def _check_folder(name: str, path: str, folder: str) -> None:
             file.write(b"\n")
     except OSError as error:
         raise ValueError(
-            f"Argument `{name}` must lie in a folder that can be written. "
+            f"Expected `{name}` to lie in a folder that can be written. "
             f"Received: {name}={path!r} ({error})"
         ) from error
 

@@ -146,7 +146,7 @@ from diagconv_tf.measurements import Measured
 cache = Cache(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
-for index in range(25):
+for index in range(10):
     cache.write({"what": "own", "is": [sys.argv[2], index]}, {"a": Measured(1.0, 1.0, 1.0, 1)})
     shared = {"what": "shared"}
     cache.write(shared, {sys.argv[2] * n: Measured(1.0, 1.0, 1.0, 1) for n in range(1, 30)})
@@ -181,6 +181,6 @@ def test_processes_at_once_lose_nothing(tmp_path):
         assert "measured again" not in err
     cache = Cache(tmp_path)
     for name in ("left", "right"):
-        for index in range(25):
+        for index in range(10):
             assert cache.read({"what": "own", "is": [name, index]})
     assert len(cache.read({"what": "shared"})) == 29

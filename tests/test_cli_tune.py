@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 def lab(monkeypatch):
     lab = FakeLab(monkeypatch)
     lab.by_name({STOCK: 3.0, "shifted": 1.0})
-    lab.steps_by_name({STOCK: 3.0, "plan": 1.0})
+    lab.steps_by_name({STOCK: 3.0, "shifted": 1.0})
     return lab
 
 
@@ -43,7 +43,7 @@ def test_tune_writes_a_plan_that_rewrite_takes(run, tmp_path):
     assert code == 0
     for words in ("dw1", "shifted", "1000"):
         assert words in out
-    assert "1000 ms plan" in err
+    assert "1000 ms shifted" in err
     plan = Plan.load(tmp_path / "plan.json")
     assert list(plan.lowerings.values()) == ["shifted"]
     assert run("rewrite model.keras @/fast.keras --plan=@/plan.json")[0] == 0
@@ -60,29 +60,33 @@ def test_tune_as_json(run, tmp_path):
 def test_options_arrive(run, lab):
     command = "tune model.keras --batch_size=2 --out=@/plan.json --overwrite"
     assert run(f"{command} --budget_seconds=1e-9 --cache_dir=@/own")[0] == 0
-    assert lab.measured == []
+    assert list(lab.variants) == [STOCK]
+    lab.trained.clear()
     assert run(command)[0] == 0
-    done = len(lab.measured)
-    assert done > 0
+    done = len(lab.trained)
+    assert done > 1
     assert run(command)[0] == 0
-    assert len(lab.measured) == done
+    assert len(lab.trained) == done
     assert run(f"{command} --refresh")[0] == 0
-    assert len(lab.measured) == 2 * done
+    assert len(lab.trained) == 2 * done
+    assert lab.measured == []
+    assert run(f"{command} --per_layer")[0] == 0
+    assert lab.measured != []
     plan = json.loads(run(f"{command} --json --jit_compile=true")[1])
     assert plan["conditions"]["compiled"] is True
 
 
 def test_the_cache_is_listed_and_cleared(run, tmp_path):
     assert "0 entries" in run("cache --list")[1]
-    run("tune model.keras --batch_size=2 --out=@/plan.json")
+    run("tune model.keras --batch_size=2 --out=@/plan.json --per_layer")
     code, out, _ = run("cache --list")
     assert code == 0
-    assert "3 entries" in out
+    assert "2 entries" in out
     for words in (str(tmp_path / "cache"), "3×3 on 2×8×8×4", "training steps of functional"):
         assert words in out
     content = json.loads(run("cache --list --json")[1])
-    assert len(content["entries"]) == 3
-    assert json.loads(run("cache --clear --json")[1])["removed"] == 3
+    assert len(content["entries"]) == 2
+    assert json.loads(run("cache --clear --json")[1])["removed"] == 2
     assert "0 removed" in run("cache --clear")[1]
     assert "0 entries" in run("cache --list --cache_dir=@/none")[1]
 
@@ -109,7 +113,7 @@ def test_refusals(run, lab, tmp_path, line, code, words):
     assert (found, out) == (code, "")
     assert words in err
     assert "Traceback" not in err
-    assert lab.measured == []
+    assert lab.trained == []
     assert not (tmp_path / "a.json").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from diagconv_tf import Conditions
 from diagconv_tf.lowerings import Diagonal, Shifted
-from diagconv_tf.measurements import WRONG_NUMBERS, Measured
+from diagconv_tf.measurements import Measured
 from diagconv_tf.spec import STOCK
 from diagconv_tf.timing import synchronize
 from diagconv_tf.tuning import contest
@@ -116,7 +116,7 @@ def test_each_variant_of_the_model_runs_its_own_layers(monkeypatch, jit_compile)
     assert set(calls) == ({"shifted", "dense"} if BACKEND == "torch" else set())
 
 
-class _Death(Exception):
+class DiedError(Exception):
     """A failure at run time, when the step already has the state."""
 
 
@@ -127,7 +127,7 @@ def dying(monkeypatch, after):
     def fail(value):
         calls.append(1)
         if len(calls) >= after:
-            raise _Death("out of luck")
+            raise DiedError("out of luck")
         return np.asarray(value)
 
     forward = Diagonal.forward
@@ -161,35 +161,10 @@ def test_a_variant_that_dies_takes_no_other_with_it(monkeypatch, after):
     assert added.ok == (after > 1), added
     assert running.add("shifted", {"dw": "shifted"}).ok
     steps = running.time([STOCK, "dense", "shifted"], seconds=1e-3)
-    assert "out of luck" in steps["dense"].error
+    assert steps["dense"].error
     for name in (STOCK, "shifted"):
         assert steps[name].ok, steps[name]
         assert len(steps[name].samples) >= 7
-
-
-def test_a_variant_whose_first_loss_is_not_stocks_has_wrong_numbers(monkeypatch):
-    forward = Shifted.forward
-    monkeypatch.setattr(Shifted, "forward", lambda self, *args: 3 * forward(self, *args))
-    inputs = keras.Input((6, 6, 3))
-    x = keras.layers.DepthwiseConv2D(3, name="dw")(inputs)
-    model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x))
-    model.compile("sgd", "mse")
-    running = Contest(model, 11)
-    assert running.add(STOCK, {}).ok
-    wrong = running.add("shifted", {"dw": "shifted"})
-    assert wrong.error.startswith(WRONG_NUMBERS)
-    assert wrong.lasts
-    assert running.add("dense", {"dw": "dense"}).ok
-
-
-@pytest.mark.parametrize(("again", "ok"), [(1.0, False), (5.0, True)])
-def test_losses_that_stock_does_not_repeat_tell_nothing(monkeypatch, again, ok):
-    # Of stock, of stock again, of another variant.
-    losses = iter([1.0, again, 9.0])
-    monkeypatch.setattr(contest, "_loss", lambda logs: next(losses))
-    running = Contest(network(), 4, batch())
-    assert running.add(STOCK, {}).ok
-    assert running.add("dense", {"dw": "dense"}).ok == ok
 
 
 @pytest.mark.backends("tensorflow")

@@ -39,10 +39,10 @@ def two_branches(order):
     return model
 
 
-def two_sums(weight):
-    """The same layers, but an operation that is no layer has another argument."""
+def own_operations(weight=2.0, repeats=2):
+    """The same layers, with operations that are no layers."""
     inputs = keras.Input((8, 8, 4))
-    x = layers.DepthwiseConv2D(3)(inputs) * weight
+    x = keras.ops.repeat(layers.DepthwiseConv2D(3)(inputs) * weight, repeats, axis=1)
     model = keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
     model.compile("sgd", "mse")
     return model
@@ -126,7 +126,8 @@ MODELS = {
     "clipping": (network, lambda: network(SGD(clipnorm=1.0))),
     "schedule": (network, lambda: network(SGD(keras.optimizers.schedules.CosineDecay(0.1, 9)))),
     "connections": (lambda: two_branches(True), lambda: two_branches(False)),
-    "arguments of operations": (lambda: two_sums(2.0), lambda: two_sums([1.0, 2.0, 3.0, 4.0])),
+    "values in operations": (own_operations, lambda: own_operations(weight=0.0)),
+    "settings of operations": (own_operations, lambda: own_operations(repeats=3)),
     "the model's own train_step": (lambda: own_step(1), lambda: own_step(2)),
     "the code of a layer": (lambda: own_layer(1), lambda: own_layer(2)),
     "the code of a loss": (lambda: own_loss(1), lambda: own_loss(2)),

@@ -224,7 +224,7 @@ def test_folder_that_cannot_be_written_fails_at_once(tmp_path, argument):
 
 
 def test_log_path_that_is_a_folder_fails_at_once(tmp_path):
-    with pytest.raises(ValueError, match=r"must be a file.*Received"):
+    with pytest.raises(ValueError, match=r"to be a file.*Received"):
         StepTimer(log_path=tmp_path)
 
 
@@ -232,7 +232,7 @@ def test_log_path_that_is_a_folder_fails_at_once(tmp_path):
     "arguments", [{"warmup": -1}, {"warmup": 1.5}, {"warmup": True}, {"batch_size": 0}]
 )
 def test_arguments_out_of_range(arguments):
-    with pytest.raises(ValueError, match=r"must be an integer.*Received: "):
+    with pytest.raises(ValueError, match=r"to be an integer.*Received: "):
         StepTimer(**arguments)
 
 

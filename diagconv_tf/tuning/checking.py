@@ -21,7 +21,7 @@ from diagconv_tf.lowerings import LoweringLike, convolve, parse
 from diagconv_tf.spec import PASSES, ConvSpec
 
 #: Images in a batch that is checked: enough for sums over the batch. More would cost
-#: memory and time of the reference, and the loss of whole steps is compared anyway.
+#: memory and time of the reference.
 IMAGES = 2
 
 Convolution = Callable[[Any, Any], Any]

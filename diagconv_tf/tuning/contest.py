@@ -6,17 +6,15 @@ first call traces and compiles. Functions compiled earlier stay what they were; 
 because an uncompiled one reads the layers at each call, a variant's classes are set
 before every step, which takes microseconds.
 
-All variants start from the same values. So the loss of the first step tells whether
-a variant computes what stock computes, and a variant that dies in a step, after which
-JAX has given its state away, leaves the others as they were.
+All variants start from the same values. After a step that fails the model goes back to
+them: JAX gives the state away with each step, so it is lost for all variants.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -28,7 +26,7 @@ from diagconv_tf import keras_internals
 from diagconv_tf.class_swap import LayerState, become, recompile
 from diagconv_tf.copying import copy_model
 from diagconv_tf.environment import Conditions
-from diagconv_tf.measurements import WRONG_NUMBERS, Measured, least_rounds
+from diagconv_tf.measurements import Measured, least_rounds
 from diagconv_tf.model_tree import walk_layers
 from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
 from diagconv_tf.spec import STOCK
@@ -41,7 +39,7 @@ ROUNDS = 31
 
 #: The rounds end after so many seconds, but not before those that a decision needs
 #: (`measurements.least_rounds`).
-ROUNDS_SECONDS = 10.0
+ROUNDS_SECONDS = 8.0
 
 #: Steps in a sample where the device is not the host: as in `fit`, the host is ahead
 #: of it. (No GPU has been measured yet.)
@@ -53,15 +51,6 @@ DROP_ABOVE = 2.0
 
 #: Rate of the descent that an uncompiled model is tuned with.
 _LEARNING_RATE = 1e-3
-
-#: Largest relative difference of a first step's loss from stock's, at full and at half
-#: precision. Rounding in a deep network stays far below it; it is there for programs
-#: that go wrong at the full size only. Every workload is checked closely elsewhere
-#: (`checking.py`).
-_LOSS_TOLERANCE = {False: 0.01, True: 0.1}
-
-#: Smaller losses are compared as if they were as large as this: they may be sums that cancel.
-_LEAST_LOSS = 1e-2
 
 
 class TrainingSteps:
@@ -155,7 +144,6 @@ class Contest:
         rules: Sequence[Rule] = DEFAULT_RULES,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.clock = clock
         self.model = copy_model(model, distributed=False)
         if not self.model.compiled:
             logging.warning(
@@ -173,51 +161,35 @@ class Contest:
             self.model, self.batch.x, self.batch.y, self.batch.sample_weight
         )
         on_host = Conditions.current().device_kind == "cpu"
-        self._calls = 1 if on_host else STEPS_ON_DEVICE
+        self._how = {
+            "calls": 1 if on_host else STEPS_ON_DEVICE,
+            "on_error": self._steps.rewind,
+            "clock": clock,
+        }
         self._layers = {
             place.path: (place.layer, find_rule(place.layer, rules))
             for place in walk_layers(self.model)
             if find_rule(place.layer, rules) is not None
         }
-        half = any("16" in layer.compute_dtype for layer, _ in self._layers.values())
-        self._tolerance = _LOSS_TOLERANCE[half]
-        self._stock_loss: float | None = None
         self._variants: dict[str, _Compiled] = {}
         self.first: dict[str, Measured] = {}
 
     def add(self, name: str, variant: Variant) -> Measured:
-        """Compiles a variant and takes its first samples.
-
-        Returns:
-            Its first times, or its error: of a step, or that its first loss is
-            not stock's. Stock must be the first.
-        """
+        """Compiles a variant, and returns the times of its first steps, or its error."""
         states = [
             become(layer, rule, variant.get(path, STOCK))
             for path, (layer, rule) in self._layers.items()
         ]
         recompile(self.model, "train")
         self._variants[name] = _Compiled(states, self.model.train_function)
-        logs: list[Any] = []
-
-        def step() -> Any:
-            result = self._step(name)
-            logs.append(result[0])
-            return result
-
         try:
             self._steps.rewind()
         except Exception as error:  # Its optimizer cannot be built, say.
             self.first[name] = Measured.failed(error)
-            return self.first[name]
-        timings = first_samples(
-            {name: step}, calls=self._calls, on_error=self._steps.rewind, clock=self.clock
-        )[name]
-        measured = Measured.from_timings(timings)
-        if measured.ok:
-            measured = self._checked(name, measured, _loss(logs[0]))
-        self.first[name] = measured
-        return measured
+        else:
+            timings = first_samples({name: lambda: self._step(name)}, **self._how)[name]
+            self.first[name] = Measured.from_timings(timings)
+        return self.first[name]
 
     def time(
         self,
@@ -240,11 +212,9 @@ class Contest:
             {name: (lambda name=name: self._step(name)) for name in left},
             rounds=rounds,
             warmup=0,
-            calls=self._calls,
             budget_seconds=seconds,
             least_rounds=least_rounds(len(left) - 1),
-            on_error=self._steps.rewind,
-            clock=self.clock,
+            **self._how,
         )
         for name in left:
             first_seconds = self.first[name].first_seconds
@@ -258,27 +228,6 @@ class Contest:
         self.model.train_function = variant.train_function
         return self._steps.run()
 
-    def _checked(self, name: str, measured: Measured, loss: float | None) -> Measured:
-        """`measured`, or a failure where the first step's loss is not stock's."""
-        if name == STOCK:
-            self._steps.rewind()
-            again = _loss(self._step(STOCK)[0])
-            # Of a model with randomness of its own, losses tell nothing.
-            self._stock_loss = loss if self._is_close(loss, again) else None
-        elif self._stock_loss is not None and not self._is_close(loss, self._stock_loss):
-            return Measured.failed(
-                f"{WRONG_NUMBERS}: the first step's loss is {loss}, stock's {self._stock_loss}",
-                measured.first_seconds,
-            )
-        return measured
-
-    def _is_close(self, loss: float | None, other: float | None) -> bool:
-        if loss is None or other is None:
-            return False
-        return math.isclose(
-            loss, other, rel_tol=self._tolerance, abs_tol=self._tolerance * _LEAST_LOSS
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class _Compiled:
@@ -286,11 +235,3 @@ class _Compiled:
 
     states: list[LayerState]
     train_function: Any
-
-
-def _loss(logs: Mapping[str, Any]) -> float | None:
-    """The loss in a step's logs; None where a model's own step has none."""
-    try:
-        return float(ops.convert_to_numpy(logs["loss"]))
-    except (KeyError, TypeError, ValueError):
-        return None

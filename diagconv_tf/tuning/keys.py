@@ -34,7 +34,7 @@ def of_workload(
     """The key of one workload's times, with all candidates that are measured together."""
     return {
         "what": "workload",
-        "spec": dataclasses.asdict(workload.spec),
+        "spec": _plain(dataclasses.asdict(workload.spec)),
         "stock_op": workload.stock_op,
         "candidates": list(candidates),
         **_where(conditions),
@@ -131,18 +131,18 @@ def _graph(layer: keras.layers.Layer) -> list[Any]:
     return [
         [
             operations.get(id(node.operation)),
-            # An operation that is no layer has its values among the arguments.
-            [] if isinstance(node.operation, keras.layers.Layer) else _arguments(node),
+            [] if isinstance(node.operation, keras.layers.Layer) else _operation(node),
             [source(tensor) for tensor in node.input_tensors],
         ]
         for node in nodes
     ]
 
 
-def _arguments(node: Any) -> list[Any]:
+def _operation(node: Any) -> list[Any]:
+    """An operation that is no layer, with the values that it was given."""
     values = keras.tree.flatten([node.arguments.args, node.arguments.kwargs])
-    shown = [None if isinstance(value, keras.KerasTensor) else value for value in values]
-    return _plain([type(node.operation).__name__, shown])
+    given = [None if isinstance(value, keras.KerasTensor) else value for value in values]
+    return _plain([type(node.operation).__name__, _config(node.operation), given])
 
 
 def _stock_name(layer: keras.layers.Layer) -> str:
@@ -151,9 +151,9 @@ def _stock_name(layer: keras.layers.Layer) -> str:
     return next(c.__name__ for c in classes if not issubclass(c, LoweredLayer))
 
 
-def _config(layer: keras.layers.Layer) -> dict[str, Any]:
+def _config(operation: keras.Operation) -> dict[str, Any]:
     try:
-        config = layer.get_config()
+        config = operation.get_config()
     except Exception:  # A user's own; its weights and its code tell some of it.
         return {}
     return {k: v for k, v in config.items() if k not in ("name", "lowering")}

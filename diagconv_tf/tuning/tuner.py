@@ -11,11 +11,13 @@ measured on one device, and where there are several processes on the first of th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -38,7 +40,8 @@ from diagconv_tf.measurements import (
 from diagconv_tf.model_tree import check_built
 from diagconv_tf.plan import Plan
 from diagconv_tf.rules import DEFAULT_RULES, Rule
-from diagconv_tf.spec import PASSES, STOCK, ConvSpec
+from diagconv_tf.spec import PASSES, STOCK
+from diagconv_tf.text import summarize_error
 from diagconv_tf.tuning import candidates, checking, choosing, keys
 from diagconv_tf.tuning.cache import Cache
 from diagconv_tf.tuning.candidates import Variant
@@ -52,6 +55,9 @@ PER_LAYER = "per_layer"
 
 #: Of a budget, so many times stock's first step is kept for that of a variant.
 _FIRST_STEPS_RESERVED = 1.5
+
+#: Tells the user what begins now.
+Report = Callable[[str], None]
 
 
 def tune(
@@ -72,10 +78,10 @@ def tune(
     Stock and a few variants of the model train in turn for some steps each. A
     variant is chosen only if it is faster than stock, round by round: with a
     probability of at most 1 % any variant wins that is not
-    (`measurements.ratios_to_stock`). Nor can a variant win that computes other
-    numbers: the first loss is compared with stock's, and every distinct
-    workload of the winner with float64. It takes the compilation of stock and
-    of each variant, and some seconds.
+    (`measurements.ratios_to_stock`). Nor can a variant win that computes wrong
+    numbers: every distinct workload of the winner is compared with float64
+    (`tuning.checking`). It takes the compilation of stock and of each variant,
+    and some seconds.
 
     The model is not changed; a copy of it is trained, with its loss and its
     optimizer. A model that is not compiled is tuned with a mean of squares and
@@ -248,8 +254,8 @@ class _Tuner:
         if not groups:
             return self._plan({}, (), {}, "No convolution with groups can be rewritten.")
         variants = candidates.contest_variants(groups, self.conditions)
-        with _Progress(len(variants) + 2 + (len(groups) if self.per_layer else 0)) as progress:
-            workloads = tuple(self._measured_alone(group, progress) for group in groups)
+        with _progress(len(variants) + 3 + self.per_layer * len(groups)) as report:
+            workloads = tuple(self._measured_alone(group, report) for group in groups)
             alone = {
                 path: w.choice
                 for w in workloads
@@ -258,17 +264,17 @@ class _Tuner:
             }
             if alone and alone not in variants.values():
                 variants = {PER_LAYER: alone, **variants}
-            steps, choice = self._decide({STOCK: {}, **variants}, progress)
+            steps, choice = self._decide({STOCK: {}, **variants}, report)
         variant = variants.get(choice.name, {})
         return self._plan(variant, workloads, steps, f"{choice.name}: {choice.reason}")
 
-    def _measured_alone(self, group: LayersOfWorkload, progress: _Progress) -> WorkloadMeasurements:
+    def _measured_alone(self, group: LayersOfWorkload, report: Report) -> WorkloadMeasurements:
         """A workload, with its times if they are asked for and the budget allows."""
         workload = group.workload
         measurements = WorkloadMeasurements(workload.spec, workload.stock_op, group.paths)
         if not self.per_layer:
             return measurements
-        progress.report(group.paths[0])
+        report(group.paths[0])
         names = candidates.layer_candidates(workload, self.conditions)
         key = keys.of_workload(workload, names, self.conditions)
         known = {} if self.refresh else self.cache.read(key)
@@ -304,7 +310,7 @@ class _Tuner:
         return contest
 
     def _decide(
-        self, variants: Mapping[str, Variant], progress: _Progress
+        self, variants: Mapping[str, Variant], report: Report
     ) -> tuple[dict[str, Measured], choosing.Choice]:
         """The times of whole training steps, and the variant that they speak for."""
         key = keys.of_contest(self.model, self.inspection, self.data, self.conditions, variants)
@@ -312,37 +318,35 @@ class _Tuner:
         # With a budget, a contest with fewer variants is as good as can be had.
         if known and (self.deadline is not None or set(known) == set(variants)):
             return known, choosing.choose_variant(known)
-        steps = self._run_contest(variants, progress)
+        steps = self._run_contest(variants, report)
         choice = choosing.choose_variant(steps)
-        progress.report("the numbers of the fastest")
+        report("the numbers of the fastest")
         while choice.name != STOCK and (wrong := self._why_wrong(variants[choice.name])):
             steps[choice.name] = Measured.failed(wrong, steps[choice.name].first_seconds)
             choice = choosing.choose_variant(steps)
         self._keep(key, steps)
         return steps, choice
 
-    def _run_contest(
-        self, variants: Mapping[str, Variant], progress: _Progress
-    ) -> dict[str, Measured]:
-        progress.report(f"first steps: {STOCK}")
+    def _run_contest(self, variants: Mapping[str, Variant], report: Report) -> dict[str, Measured]:
+        report(f"first steps: {STOCK}")
         contest = self._contest
         stock = contest.first[STOCK]
         names = [STOCK]
         for name, variant in variants.items():
             if name == STOCK:
                 continue
-            progress.report(f"first steps: {name}")
+            report(f"first steps: {name}")
             entered = [contest.first[n].median for n in names if contest.first[n].ok]
             rounds = least_rounds(len(names)) * sum(entered)
             expected = _FIRST_STEPS_RESERVED * (stock.first_seconds or 0.0) + rounds
             if self._seconds_left() > expected:
                 contest.add(name, variant)
                 names.append(name)
-        progress.report("training steps in turn")
+        report("training steps in turn")
         return contest.time(names, seconds=max(min(ROUNDS_SECONDS, self._seconds_left()), 1e-3))
 
     def _why_wrong(self, variant: Variant) -> str:
-        """The error of a variant that computes other numbers; empty where it does not."""
+        """The error of a variant that computes wrong numbers; empty where all are right."""
         distinct = {
             (spec, str(parse(variant[row.path]))): variant[row.path]
             for row in self.inspection.rows
@@ -350,17 +354,12 @@ class _Tuner:
             for spec in row.specs
         }
         for (spec, _), lowering in distinct.items():
-            wrong = self._checked(spec, lowering)
-            if wrong:
-                return wrong
+            try:
+                if wrong := checking.why_wrong(spec, lowering, self.conditions):
+                    return f"{WRONG_NUMBERS}: {wrong}"
+            except Exception as error:
+                return f"its numbers cannot be checked: {summarize_error(error)}"
         return ""
-
-    def _checked(self, spec: ConvSpec, lowering: LoweringLike) -> str:
-        try:
-            wrong = checking.why_wrong(spec, lowering, self.conditions)
-        except Exception as error:
-            return f"its numbers cannot be checked: {error}"
-        return f"{WRONG_NUMBERS}: {wrong}" if wrong else ""
 
     def _keep(self, key: Mapping[str, Any], contest: Mapping[str, Measured]) -> None:
         # Failures may pass. Times are compared with those of the same rounds only, so
@@ -411,35 +410,29 @@ class _Tuner:
         return overrides
 
 
-class _Progress:
-    """Progress on standard error, with the time left; nothing without a terminal."""
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """Shows progress, with the time left, on standard error; nothing without a terminal.
 
-    def __init__(self, total: int) -> None:
-        console = Console(stderr=True)
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("tuning {task.description}"),
-            rich.progress.BarColumn(),
-            rich.progress.TimeElapsedColumn(),
-            rich.progress.TextColumn("left:"),
-            rich.progress.TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=total)
-        self._begun = 0
+    Args:
+        total: number of steps of the work.
 
-    def report(self, what: str) -> None:
-        """Says what begins now; what was reported before is done."""
-        self._bar.update(self._task, description=what, completed=self._begun)
-        self._begun += 1
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
+    Yields:
+        A function that says what begins now.
+    """
+    console = Console(stderr=True)
+    columns = (
+        rich.progress.TextColumn("tuning {task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left:"),
+        rich.progress.TimeRemainingColumn(),
+    )
+    hidden = not console.is_terminal
+    with rich.progress.Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        begun = itertools.count()
+        yield lambda what: bar.update(task, description=what, completed=next(begun))
 
 
 def _raise_untrainable(model: keras.Model, stock: Measured, synthetic: tuple[str, ...]) -> None:

@@ -281,6 +281,13 @@ _GRADIENT_REGISTRY = PrivateName(
     'Lowerings "native" and "diagonal" for all passes work',
     backends=("tensorflow",),
 )
+_REGISTERED_GRADIENTS = PrivateName(
+    "tensorflow.python.framework.registry.Registry()",
+    "_registry",
+    "free the graphs of models that are gone",
+    'Lowerings "native" and "diagonal" for all passes work',
+    backends=("tensorflow",),
+)
 _DETERMINISM = PrivateName(
     "tensorflow.python.framework.config",
     "is_op_determinism_enabled",
@@ -611,7 +618,7 @@ def forget_gradient_with_graph(tensor: Any) -> None:
     Args:
         tensor: a graph's tensor, as a `tf.custom_gradient` function returned it.
     """
-    registry = _GRADIENT_REGISTRY.of_module()._registry
+    registry = _REGISTERED_GRADIENTS.of(_GRADIENT_REGISTRY.of_module())
     name = tensor.op.get_attr("_gradient_op_type").decode()
     gradient = registry[name]["type"]
     # The graph keeps the gradient, and the registry finds it there.

@@ -111,7 +111,7 @@ def test_rewrite_a_selection_per_pass(run, tmp_path):
     text = json.dumps(per_pass, separators=(",", ":"))
     assert run(f"rewrite model.keras @/a.keras --include=dw* --lowering={text}")[0] == 0
     assert lowerings(tmp_path / "a.keras") == {"dw1": per_pass, "separable": "stock"}
-    assert run("rewrite model.keras @/b.keras --exclude=dw1")[0] == 0
+    assert run("rewrite model.keras @/b.keras --exclude=dw1 --lowering=diagonal")[0] == 0
     assert lowerings(tmp_path / "b.keras") == {"dw1": "stock", "separable": "diagonal:32"}
 
 
@@ -123,7 +123,7 @@ def test_rewrite_by_a_plan(run, tmp_path):
 
 
 def test_a_restored_file_loads_where_the_package_is_not(run, folder, tmp_path):
-    run("rewrite model.keras @/fast.keras")
+    run("rewrite model.keras @/fast.keras --lowering=shifted")
     run("restore @/fast.keras @/stock.keras")
     code = (
         "import sys; sys.modules['diagconv_tf'] = None\n"
@@ -311,7 +311,7 @@ REFUSALS = [
     ("rewrite model.keras @/a.keras --plan=a --lowering=dense", 2, "not allowed with"),
     ("rewrite model.keras @/a.keras --include=nothing", 1, "near: "),
     (
-        "rewrite composite.keras @/a.keras --custom_objects=tests.model_zoo",
+        "rewrite composite.keras @/a.keras --custom_objects=tests.model_zoo --lowering=dense",
         1,
         "cannot hold rewritten layers.*block1/depthwise",
     ),

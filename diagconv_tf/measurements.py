@@ -101,6 +101,11 @@ class Measured:
         return self.error is None and self.median is not None
 
     @property
+    def seconds(self) -> float:
+        """The median; infinite where there is no time."""
+        return math.inf if self.error is not None or self.median is None else self.median
+
+    @property
     def lasts(self) -> bool:
         """Whether another try would give the same: a time, or wrong numbers.
 

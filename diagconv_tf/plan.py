@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -226,10 +227,10 @@ def _steps_table(plan: Plan) -> Table:
         if not step.ok:
             table.add_row(name, f"failed: {step.error}")
             continue
-        ratio = f"{step.median / stock.median:.2f}" if stock.ok else ""
+        ratio = f"{step.seconds / stock.seconds:.2f}" if stock.ok else ""
         ratio = str(ratios.get(name, ratio))
         first = "" if step.first_seconds is None else f"{step.first_seconds:.1f}"
-        times = (_ms(step.median), _ms(step.p10), _ms(step.p90))
+        times = (_ms(step.seconds), _ms(step.p10), _ms(step.p90))
         table.add_row(name, *times, ratio, str(step.count), first)
     return table
 
@@ -266,20 +267,14 @@ def _times(workload: WorkloadMeasurements) -> tuple[str, str]:
     """Milliseconds of the three passes: stock's, and the best of each summed."""
     if not workload.passes:
         return "", ""
-    stock = [workload.passes[name].get(STOCK, Measured()) for name in PASSES]
-    best = [
-        min((m.median for m in workload.passes[name].values() if m.ok), default=None)
-        for name in PASSES
-    ]
-    return (
-        _ms(sum(m.median for m in stock)) if all(m.ok for m in stock) else "?",
-        "?" if None in best else _ms(sum(best)),
-    )
+    stock = sum(workload.passes[name].get(STOCK, Measured()).seconds for name in PASSES)
+    best = sum(min(m.seconds for m in workload.passes[name].values()) for name in PASSES)
+    return _ms(stock), _ms(best)
 
 
 def _text(lowering: LoweringLike) -> str:
     return lowering if isinstance(lowering, str) else "/".join(lowering[name] for name in PASSES)
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.4g}"
+def _ms(seconds: float | None) -> str:
+    return "?" if seconds in (None, math.inf) else f"{1e3 * seconds:.4g}"

@@ -10,11 +10,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 
-from diagconv_tf import keras_internals
+from diagconv_tf import files, keras_internals
 from diagconv_tf.timing import (
     Timings,
     check_whole_number,
@@ -145,7 +145,6 @@ class StepTimer(keras.callbacks.Callback):
         if batch_size is not None:
             check_whole_number("batch_size", batch_size, least=1)
         if log_path is not None:
-            # The target of a link is replaced, not the link.
             log_path = os.path.realpath(log_path)
             if os.path.isdir(log_path):
                 raise ValueError(
@@ -169,7 +168,8 @@ class StepTimer(keras.callbacks.Callback):
         self.tensorboard_dir = tensorboard_dir
         self.batch_size = batch_size
         self._clock = clock
-        self._writer = None
+        self._first_step_seconds: float | None = None
+        self._writer: Any = None
         self._reset()
 
     @property
@@ -309,7 +309,7 @@ class StepTimer(keras.callbacks.Callback):
         if self.log_path is None:
             return
         try:
-            _append_line(self.log_path, json.dumps(entry, allow_nan=False))
+            files.append_line(self.log_path, json.dumps(entry, allow_nan=False))
         except OSError as error:
             # Hours of training are worth more than a line of its log.
             warnings.warn(f"`StepTimer` could not write {self.log_path}: {error}", stacklevel=2)
@@ -421,18 +421,3 @@ def _check_folder(name: str, path: str, folder: str) -> None:
             f"Expected `{name}` to lie in a folder that can be written. "
             f"Received: {name}={path!r} ({error})"
         ) from error
-
-
-def _append_line(path: str, line: str) -> None:
-    content = b""
-    if os.path.exists(path):
-        with open(path, "rb") as file:
-            content = file.read()
-    if content and not content.endswith(b"\n"):
-        content += b"\n"
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(content + line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

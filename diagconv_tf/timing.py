@@ -10,6 +10,7 @@ and reports `Timings`: all samples in seconds, with median, p10 and p90.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -112,7 +113,7 @@ class Timings:
         """`(p75 - p25) / median`, without unit: the noise of the measurement."""
         if not self.median:
             return None
-        return (percentile(self.samples, 75) - percentile(self.samples, 25)) / self.median
+        return float(np.subtract(*np.percentile(self.samples, (75, 25)))) / self.median
 
     def __str__(self) -> str:
         if self.error is not None:
@@ -240,14 +241,16 @@ def first_samples(
     A function of less than `SHORT_SECONDS` has five samples. Arguments and
     result are those of `time_interleaved`.
     """
-    arguments = {"warmup": 0, "calls": calls, "on_error": on_error, "clock": clock}
-    timings = time_interleaved(functions, rounds=1, **arguments)
+    time_rounds = functools.partial(
+        time_interleaved, warmup=0, calls=calls, on_error=on_error, clock=clock
+    )
+    timings = time_rounds(functions, rounds=1)
     short = {
         name: function
         for name, function in functions.items()
-        if timings[name].error is None and timings[name].median < SHORT_SECONDS
+        if timings[name].error is None and timings[name].samples[0] < SHORT_SECONDS
     }
-    for name, again in time_interleaved(short, rounds=_REPEATS, **arguments).items():
+    for name, again in time_rounds(short, rounds=_REPEATS).items():
         samples = () if again.error else timings[name].samples + again.samples
         timings[name] = dataclasses.replace(timings[name], samples=samples, error=again.error)
     return timings
@@ -277,7 +280,7 @@ def percentile(samples: Sequence[float], percent: float) -> float | None:
 
 def in_milliseconds(median: float | None, p10: float | None, p90: float | None, count: int) -> str:
     """Times in seconds as text for people, in milliseconds."""
-    if not count:
+    if median is None or p10 is None or p90 is None:
         return "not measured"
     times = f"p10 {1e3 * p10:.3f}, p90 {1e3 * p90:.3f}"
     return f"{1e3 * median:.3f} ms (median of {count}, {times})"

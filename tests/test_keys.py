@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from keras import layers
 
-from diagconv_tf import Conditions, ConvSpec, environment, inspect_model
+from diagconv_tf import Conditions, ConvSpec, environment, inspect_model, rewrite
 from diagconv_tf.spec import STOCK
 from diagconv_tf.tuning import keys
+from diagconv_tf.tuning.cache import Cache
 from diagconv_tf.tuning.workloads import Workload
 from tests import model_zoo
+from tests.fake_lab import took
 from tests.numerics import BACKEND
 
 
@@ -48,39 +50,37 @@ def own_operations(weight=2.0, repeats=2):
     return model
 
 
-def own_step(times):
-    class Model(keras.Model):
-        if times == 1:
+class OneStep(keras.Model):
+    def train_step(self, *args):
+        return super().train_step(*args)
 
-            def train_step(self, *args):
-                return super().train_step(*args)
 
-        else:
+class TwoSteps(keras.Model):
+    def train_step(self, *args):
+        super().train_step(*args)
+        return super().train_step(*args)
 
-            def train_step(self, *args):
-                super().train_step(*args)
-                return super().train_step(*args)
 
+def own_step(model_class):
     inputs = keras.Input((8, 8, 4))
     x = layers.DepthwiseConv2D(3)(inputs)
-    model = Model(inputs, layers.GlobalAveragePooling2D()(x))
+    model = model_class(inputs, layers.GlobalAveragePooling2D()(x))
     model.compile("sgd", "mse")
     return model
 
 
-def own_layer(times):
-    class Scale(layers.Layer):
-        if times == 1:
+class Twice(layers.Layer):
+    def call(self, inputs):
+        return inputs * 2.0
 
-            def call(self, inputs):
-                return inputs * 2.0
 
-        else:
+class Exponential(layers.Layer):
+    def call(self, inputs):
+        return keras.ops.exp(inputs)
 
-            def call(self, inputs):
-                return keras.ops.exp(inputs) * 2.0
 
-    model = keras.Sequential([keras.Input((8, 8, 4)), layers.DepthwiseConv2D(3), Scale()])
+def own_layer(layer):
+    model = keras.Sequential([keras.Input((8, 8, 4)), layers.DepthwiseConv2D(3), layer])
     model.compile("sgd", "mse")
     return model
 
@@ -128,8 +128,8 @@ MODELS = {
     "connections": (lambda: two_branches(True), lambda: two_branches(False)),
     "values in operations": (own_operations, lambda: own_operations(weight=0.0)),
     "settings of operations": (own_operations, lambda: own_operations(repeats=3)),
-    "the model's own train_step": (lambda: own_step(1), lambda: own_step(2)),
-    "the code of a layer": (lambda: own_layer(1), lambda: own_layer(2)),
+    "the model's own train_step": (lambda: own_step(OneStep), lambda: own_step(TwoSteps)),
+    "the code of a layer": (lambda: own_layer(Twice()), lambda: own_layer(Exponential())),
     "the code of a loss": (lambda: own_loss(1), lambda: own_loss(2)),
 }
 
@@ -140,6 +140,37 @@ def test_what_times_depend_on_is_in_the_key(name):
     first, second = MODELS[name]
     assert key(first()) == key(first())
     assert key(first()) != key(second())
+    assert None not in (key(first()), key(second()))
+
+
+def without_source():
+    """A class whose source Python does not know, as one typed into a prompt."""
+    names = {"layers": layers}
+    exec("class Typed(layers.Layer):\n    def call(self, inputs):\n        return inputs", names)
+    names["Typed"].__module__ = "__main__"
+    return own_layer(names["Typed"]())
+
+
+class WithoutConfig(layers.Layer):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def call(self, inputs):
+        return self.function(inputs)
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize(
+    "model",
+    [without_source, lambda: own_layer(WithoutConfig(lambda x: x))],
+    ids=["source", "config"],
+)
+def test_what_cannot_be_told_apart_has_no_key_and_is_not_kept(model, tmp_path):
+    assert key(model()) is None
+    Cache(tmp_path).write(None, {STOCK: took(1.0)})
+    assert Cache(tmp_path).read(None) == {}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.backends("tensorflow")
@@ -162,6 +193,20 @@ def test_names_that_keras_counts_up_and_rates_do_not_matter():
     assert first == second
     assert json.loads(json.dumps(first)) == first
     assert key(network(SGD(0.1))) == key(network(SGD(0.2)))
+
+
+@pytest.mark.backends("tensorflow")
+def test_neither_paths_nor_lowerings_of_the_model_matter():
+    """The contest sets the lowerings, and Keras counts up the names in paths."""
+
+    def of(model):
+        row = inspect_model(model, 2).rows[0]
+        return row.path, key(model, variants={STOCK: {}, "shifted": {row.path: "shifted"}})
+
+    (path, first), (other, second) = of(own_operations()), of(own_operations())
+    assert path != other
+    assert first == second
+    assert of(rewrite(own_operations(), "shifted"))[1] == first
 
 
 @pytest.mark.backends("tensorflow")

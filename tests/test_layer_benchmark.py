@@ -1,7 +1,6 @@
 """One workload alone: its times, and whether its numbers are right."""
 
 import dataclasses
-import time
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from diagconv_tf.lowerings import Diagonal, Native, Shifted
 from diagconv_tf.measurements import WRONG_NUMBERS
 from diagconv_tf.spec import PASSES, STOCK
 from diagconv_tf.tuning import checking, layer_benchmark
-from diagconv_tf.tuning.layer_benchmark import LayerBenchmark
+from diagconv_tf.tuning.layer_benchmark import measure_alone, measure_functions
 from diagconv_tf.tuning.workloads import Workload
 from tests import cases
 from tests.fake_clock import FakeClock
@@ -23,8 +22,9 @@ SMALL = ConvSpec(2, 6, 5, 4, padding="same")
 HERE = dataclasses.replace(Conditions.current(False), compiled=False)
 
 
-def benchmark(stock_op="depthwise_conv", clock=time.perf_counter):
-    return LayerBenchmark(Workload(SMALL, stock_op), HERE, clock)
+@pytest.fixture
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(layer_benchmark, "ROUNDS", 2)
 
 
 # Numbers.
@@ -106,9 +106,9 @@ def test_tf32_is_allowed_where_the_device_has_it():
 
 
 @pytest.mark.parametrize("stock_op", ["depthwise_conv", "conv"])
-def test_all_candidates_of_a_workload_are_measured(stock_op):
+def test_all_candidates_of_a_workload_are_measured(few_rounds, stock_op):
     names = [STOCK, "native", "shifted", "diagonal:2", "dense"]
-    measured = benchmark(stock_op).measure(names, rounds=2)
+    measured = measure_alone(Workload(SMALL, stock_op), names, HERE)
     assert list(measured) == list(PASSES)
     for pass_name, found in measured.items():
         assert list(found) == names
@@ -117,7 +117,7 @@ def test_all_candidates_of_a_workload_are_measured(stock_op):
             assert result.first_seconds > 0
 
 
-def test_what_is_wrong_or_raises_has_an_error_in_every_pass(monkeypatch):
+def test_what_is_wrong_or_raises_has_an_error_in_every_pass(few_rounds, monkeypatch):
     def fail(*args):
         raise RuntimeError("out of luck\nand more")
 
@@ -126,7 +126,8 @@ def test_what_is_wrong_or_raises_has_an_error_in_every_pass(monkeypatch):
     monkeypatch.setattr(
         checking, "why_wrong", lambda s, n, c: "a sum" if n == "shifted" else wrong(s, n, c)
     )
-    measured = benchmark().measure([STOCK, "dense", "shifted"], rounds=1)
+    workload = Workload(SMALL, "depthwise_conv")
+    measured = measure_alone(workload, [STOCK, "dense", "shifted"], HERE)
     for found in measured.values():
         assert found[STOCK].ok
         assert "out of luck" in found["dense"].error
@@ -140,21 +141,24 @@ def test_what_is_wrong_or_raises_has_an_error_in_every_pass(monkeypatch):
 def test_what_is_far_from_the_best_is_not_timed_further(monkeypatch):
     clock = FakeClock()
     seconds = {STOCK: 10.0, "native": 1.0, "shifted": 2.9}
-    bench = benchmark(clock=clock)
-    monkeypatch.setattr(bench, "_function", lambda name, _: lambda: clock.advance(seconds[name]))
-    measured = bench.measure(list(seconds), rounds=5, seconds=1e9)["forward"]
+    functions = {name: lambda s=s: clock.advance(s) for name, s in seconds.items()}
+    monkeypatch.setattr(layer_benchmark, "ROUNDS", 5)
+    monkeypatch.setattr(layer_benchmark, "ROUNDS_SECONDS", 1e9)
+    measured = measure_functions(functions, 1, clock)
     assert {name: m.count for name, m in measured.items()} == {STOCK: 1, "native": 5, "shifted": 5}
     assert {name: m.median for name, m in measured.items()} == seconds
 
 
 @pytest.mark.backends("tensorflow")
-def test_samples_on_a_device_of_its_own_are_of_several_calls(monkeypatch):
+def test_samples_on_a_device_of_its_own_are_of_several_calls(few_rounds, monkeypatch):
     counts = []
     on_gpu = dataclasses.replace(HERE, device_kind="gpu")
-    bench = LayerBenchmark(Workload(SMALL, "depthwise_conv"), on_gpu)
-    monkeypatch.setattr(bench, "_function", lambda name, _: lambda: counts.append(1))
-    assert bench._measure_pass("forward", ["native"], rounds=2, seconds=1.0)["native"].ok
+    monkeypatch.setattr(
+        layer_benchmark, "compile_passes", lambda *arguments: lambda: counts.append(1)
+    )
+    workload = Workload(SMALL, "depthwise_conv")
+    assert measure_alone(workload, [STOCK], on_gpu)["forward"][STOCK].ok
     calls = layer_benchmark.CALLS_ON_DEVICE
     # The first call and a sample; four more of a short one, after a call of their own;
     # then, for the rounds, one call and two samples.
-    assert len(counts) == (1 + calls) + (1 + 4 * calls) + (1 + 2 * calls)
+    assert len(counts) == 3 * ((1 + calls) + (1 + 4 * calls) + (1 + 2 * calls))

@@ -63,19 +63,24 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
 class Cache:
     """Contests by key.
 
-    A key is a dict in JSON's types. It must hold all that times depend on.
+    A key is a dict in JSON's types. It must hold all that times depend on; where
+    nothing tells what they depend on the key is None, and nothing is kept.
 
     Args:
         cache_dir: the folder; None means `DIAGCONV_CACHE_DIR`, or the user's
-            cache folder. It is made when something is written.
+            cache folder. It is created when something is written.
+        refresh: whether `read` finds nothing, so that everything is measured again.
     """
 
-    def __init__(self, cache_dir: str | os.PathLike | None = None) -> None:
+    def __init__(self, cache_dir: str | os.PathLike | None = None, refresh: bool = False) -> None:
         self.folder = cache_folder(cache_dir)
+        self.refresh = refresh
         self._warned = False
 
-    def read(self, key: Mapping[str, Any]) -> dict[str, Measured]:
+    def read(self, key: Mapping[str, Any] | None) -> dict[str, Measured]:
         """Name → times of the contest with this key; empty where there is none."""
+        if key is None or self.refresh:
+            return {}
         path = self._path(key)
         try:
             return dict(_read(path).measured)
@@ -85,8 +90,10 @@ class Cache:
             self._warn("read", path, error)
             return {}
 
-    def write(self, key: Mapping[str, Any], measured: Mapping[str, Measured]) -> None:
+    def write(self, key: Mapping[str, Any] | None, measured: Mapping[str, Measured]) -> None:
         """Keeps a contest; it replaces the one that was there."""
+        if key is None:
+            return
         path = self._path(key)
         content = CacheEntry(path, key, measured).to_dict()
         del content["path"]

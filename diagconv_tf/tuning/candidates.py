@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from diagconv_tf.environment import Conditions
 from diagconv_tf.lowerings import LoweringLike, parse, why_not
-from diagconv_tf.spec import PASSES, STOCK, ConvSpec
+from diagconv_tf.spec import PASSES, STOCK
 from diagconv_tf.tuning.workloads import LayersOfWorkload, Workload
 
 #: Layer path → lowering; a layer that is not named is stock.
@@ -26,7 +26,10 @@ MOST_DENSE_CHANNELS = 128
 
 #: On GPUs the kernel gradient is where the frameworks' own op loses most
 #: (tensorflow#41715); a prediction, no GPU has been measured yet.
-_OWN_KERNEL_GRADIENT = {**dict.fromkeys(PASSES, "native"), "kernel_gradient": "diagonal:32"}
+_OWN_KERNEL_GRADIENT: dict[str, str] = {
+    **dict.fromkeys(PASSES, "native"),
+    "kernel_gradient": "diagonal:32",
+}
 
 
 def contest_variants(
@@ -35,8 +38,7 @@ def contest_variants(
     """The variants of a whole model that are timed against stock.
 
     Each gives all layers one choice; layers that it does not suit stay stock.
-    What compiles slowly comes last. (Measured for MobileNetV1 with XLA on a CPU: first
-    steps of 5 s with `"shifted"`, 11 to 14 s with `"diagonal:32"`.)
+    What compiles slowly comes last.
 
     Args:
         groups: the layers of the model by workload.
@@ -45,20 +47,30 @@ def contest_variants(
     Returns:
         Name → variant, without empty ones and repetitions.
     """
-    lowerings: list[LoweringLike] = ["native", "shifted", "diagonal:32"]
-    if conditions.device_kind != "cpu":
-        lowerings = ["native", "shifted", "diagonal_grouped:32", _OWN_KERNEL_GRADIENT, lowerings[2]]
-    variants: dict[str, Variant] = {}
-    for lowering in lowerings:
-        variant = {
+
+    def variant(lowering: LoweringLike) -> dict[str, LoweringLike]:
+        return {
             row.path: found
             for group in groups
-            if (found := _for_workload(group.workload, lowering, conditions)) is not None
+            if (found := _plainest(group.workload, lowering, conditions)) is not None
             for row in group.rows
             if not any(why_not(spec, found) for spec in row.specs)
         }
-        if variant and variant not in variants.values():
-            variants[str(parse(lowering))] = variant
+
+    lowerings: list[LoweringLike] = ["native", "shifted"]
+    if conditions.device_kind != "cpu":
+        lowerings += ["diagonal_grouped:32", _OWN_KERNEL_GRADIENT, "diagonal:32"]
+    elif len(variant("shifted")) < sum(len(group.rows) for group in groups):
+        # Where "shifted" suits all layers, "diagonal:32" has nothing to win on a CPU, and
+        # compiles longest. (MobileNetV1: 1.37 and 1.48 times shifted's step under XLA, with
+        # 3.0 and 4.5 times stock's compilation; uncompiled 1.31 and 1.55 of stock's step:
+        # training_{tensorflow_xla_diagonal,jax_diagonal,tensorflow_graph,torch}_cpu.json.)
+        lowerings.append("diagonal:32")
+    variants: dict[str, Variant] = {}
+    for lowering in lowerings:
+        found = variant(lowering)
+        if found and found not in variants.values():
+            variants[str(parse(lowering))] = found
     return variants
 
 
@@ -68,38 +80,26 @@ def layer_candidates(workload: Workload, conditions: Conditions) -> list[str]:
     if conditions.device_kind == "cpu" and conditions.compiled:
         # XLA:CPU takes seconds for the kernel gradient of grouped convolutions.
         names.remove("diagonal_grouped:32")
-    found = (_for_workload(workload, name, conditions) for name in names)
+    found = (_plainest(workload, name, conditions) for name in names)
     return [STOCK, *dict.fromkeys(name for name in found if isinstance(name, str))]
 
 
-def _for_workload(
+def _plainest(
     workload: Workload, lowering: LoweringLike, conditions: Conditions
 ) -> LoweringLike | None:
     """`lowering` in its plainest form; None where it is not possible, sensible or new."""
-    if not isinstance(lowering, str):
-        return None if why_not(workload.spec, lowering) else lowering
-    name = _plainest(workload.spec, lowering)
-    if name is None or (name == "native" and workload.native_is_stock):
-        return None
-    return name if _is_sensible(workload.spec, name, conditions) else None
-
-
-def _plainest(spec: ConvSpec, name: str) -> str | None:
-    """The plainest name for what `name` does; None where it does what native does."""
-    number = name.partition(":")[2]
-    if not number:
-        return name
-    if int(number) < 2 * spec.input_channels_per_group:
-        return None  # Blocks of one group.
-    return "dense" if int(number) >= spec.input_channels else name
-
-
-def _is_sensible(spec: ConvSpec, name: str, conditions: Conditions) -> bool:
-    if why_not(spec, name):
-        return False
-    if name == "dense":
-        return spec.input_channels <= MOST_DENSE_CHANNELS
-    if name == "shifted":
-        shifts = math.prod(spec.kernel_size) * spec.input_channels_per_group
-        return shifts <= (MOST_SHIFTS_COMPILED if conditions.compiled else MOST_SHIFTS_UNCOMPILED)
-    return True
+    spec = workload.spec
+    if isinstance(lowering, str):
+        _, _, width = lowering.partition(":")
+        if width and int(width) < 2 * spec.input_channels_per_group:
+            return None  # Blocks of one group, as native has.
+        if width and int(width) >= spec.input_channels:
+            lowering = "dense"
+    shifts = math.prod(spec.kernel_size) * spec.input_channels_per_group
+    most_shifts = MOST_SHIFTS_COMPILED if conditions.compiled else MOST_SHIFTS_UNCOMPILED
+    senseless = (
+        (lowering == "native" and workload.native_is_stock)
+        or (lowering == "dense" and spec.input_channels > MOST_DENSE_CHANNELS)
+        or (lowering == "shifted" and shifts > most_shifts)
+    )
+    return None if senseless or why_not(spec, lowering) else lowering

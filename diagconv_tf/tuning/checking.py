@@ -9,22 +9,19 @@ workload of the variant that would win.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from diagconv_tf.environment import Conditions
 from diagconv_tf.lowerings import LoweringLike, convolve, parse
 from diagconv_tf.spec import PASSES, ConvSpec
+from diagconv_tf.tuning.passes import compile_passes, random_tensors
 
 #: Images in a batch that is checked: enough for sums over the batch. More would cost
 #: memory and time of the reference.
 IMAGES = 2
-
-Convolution = Callable[[Any, Any], Any]
 
 
 def why_wrong(spec: ConvSpec, lowering: LoweringLike, conditions: Conditions) -> str:
@@ -38,16 +35,15 @@ def why_wrong(spec: ConvSpec, lowering: LoweringLike, conditions: Conditions) ->
     """
     spec = spec.replace(batch=min(spec.batch or IMAGES, IMAGES))
     choice = parse(lowering)
-    arrays = random_arrays(spec)
-    tensors = [ops.convert_to_tensor(a, dtype=spec.compute_dtype) for a in arrays]
+    tensors = random_tensors(spec)
     # The reference has the same rounded inputs.
-    wanted = reference(spec, *map(to_numpy, tensors))
-    run = compiled_passes(
+    wanted = reference(spec, *map(_to_float64, tensors))
+    run = compile_passes(
         lambda x, k: convolve(spec, choice, x, k), PASSES, tensors, bool(conditions.compiled)
     )
     for pass_name, value, want in zip(PASSES, run(), wanted, strict=True):
         most = choice.for_pass(pass_name).tolerance(spec, pass_name, conditions.allows_tf32)
-        error = np.linalg.norm(to_numpy(value) - want) / max(float(np.linalg.norm(want)), 1e-30)
+        error = np.linalg.norm(_to_float64(value) - want) / max(float(np.linalg.norm(want)), 1e-30)
         if not error <= most:  # It may be NaN.
             return (
                 f"the {pass_name.replace('_', ' ')} of {spec.window_text} on {spec.size_text} has "
@@ -63,148 +59,35 @@ def reference(
 
     Shapes are those of `ConvSpec`.
     """
-    batch, groups = spec.batch, spec.groups
-    of_input, of_output = spec.input_channels_per_group, spec.output_channels_per_group
-    height, width = spec.output_size
-    pads = spec.padding_for((spec.height, spec.width))
-    x = np.pad(_channels_last(spec, inputs), ((0, 0), *pads, (0, 0)))
-    x = x.reshape(*x.shape[:3], groups, of_input)
-    g = _channels_last(spec, output_gradient).reshape(batch, height, width, groups, of_output)
-    k = kernel.reshape(*spec.kernel_size, of_input, groups, of_output)
+    first = spec.data_format == "channels_first"
+    x, g = (np.moveaxis(a, 1, -1) if first else a for a in (inputs, output_gradient))
+    height, width = x.shape[1:3]
+    pads = spec.padding_for((height, width))
+    x = np.pad(x, ((0, 0), *pads, (0, 0)))
+    x = x.reshape(*x.shape[:3], spec.groups, -1)
+    g = g.reshape(*g.shape[:3], spec.groups, -1)
+    k = kernel.reshape(*spec.kernel_size, -1, *g.shape[3:])
     y, dx, dk = np.zeros(g.shape), np.zeros(x.shape), np.zeros(k.shape)
-    for row, column in itertools.product(*map(range, spec.kernel_size)):
-        window = (
-            slice(None),
-            *(
-                slice(tap * rate, tap * rate + (size - 1) * stride + 1, stride)
-                for tap, rate, size, stride in zip(
-                    (row, column), spec.dilation_rate, (height, width), spec.strides, strict=True
-                )
-            ),
+    for taps in itertools.product(*map(range, spec.kernel_size)):
+        rows, columns = (
+            slice(tap * rate, tap * rate + (size - 1) * stride + 1, stride)
+            for tap, rate, size, stride in zip(
+                taps, spec.dilation_rate, g.shape[1:3], spec.strides, strict=True
+            )
         )
-        y += np.einsum("nhwgi,igo->nhwgo", x[window], k[row, column])
-        dx[window] += np.einsum("nhwgo,igo->nhwgi", g, k[row, column])
-        dk[row, column] = np.einsum("nhwgi,nhwgo->igo", x[window], g)
+        window = np.s_[:, rows, columns]
+        y += np.einsum("nhwgi,igo->nhwgo", x[window], k[taps])
+        dx[window] += np.einsum("nhwgo,igo->nhwgi", g, k[taps])
+        dk[taps] = np.einsum("nhwgi,nhwgo->igo", x[window], g)
     (top, _), (left, _) = pads
-    dx = dx[:, top : top + spec.height, left : left + spec.width]
-    return (
-        _arranged(spec, y.reshape(batch, height, width, -1)),
-        _arranged(spec, dx.reshape(batch, spec.height, spec.width, -1)),
-        dk.reshape(spec.kernel_shape),
-    )
+    dx = dx[:, top : top + height, left : left + width]
+    y, dx = (a.reshape(*a.shape[:3], -1) for a in (y, dx))
+    if first:
+        y, dx = np.moveaxis(y, -1, 1), np.moveaxis(dx, -1, 1)
+    return y, dx, dk.reshape(kernel.shape)
 
 
-def _channels_last(spec: ConvSpec, array: np.ndarray) -> np.ndarray:
-    return array if spec.data_format == "channels_last" else np.moveaxis(array, 1, -1)
-
-
-def _arranged(spec: ConvSpec, array: np.ndarray) -> np.ndarray:
-    return array if spec.data_format == "channels_last" else np.moveaxis(array, -1, 1)
-
-
-def random_arrays(spec: ConvSpec) -> list[np.ndarray]:
-    """Inputs, kernel and output gradient, normally distributed, the same on each call."""
-    rng = np.random.default_rng(0)
-    shapes = (spec.input_shape, spec.kernel_shape, spec.output_shape)
-    return [rng.standard_normal(shape, dtype="float32") for shape in shapes]
-
-
-def to_numpy(value: Any) -> np.ndarray:
-    """A tensor as float64."""
+def _to_float64(value: Any) -> np.ndarray:
     if "float16" in str(value.dtype):  # NumPy has no bfloat16.
         value = ops.cast(value, "float32")
-    return np.asarray(ops.convert_to_numpy(value), "float64")
-
-
-def compiled_passes(
-    convolution: Convolution, wanted: Sequence[str], tensors: Sequence[Any], compiled: bool
-) -> Callable[[], tuple[Any, ...]]:
-    """Some of the three passes of a convolution, as training runs them.
-
-    Args:
-        convolution: function of inputs and kernel; the gradients are the
-            framework's.
-        wanted: names of passes, in the order of the results.
-        tensors: inputs, kernel and output gradient.
-        compiled: whether XLA (or torch.compile) compiles them.
-
-    Returns:
-        A function without arguments that returns a tensor for each pass. On
-        TensorFlow and JAX it computes nothing that `wanted` does not need; on
-        PyTorch one gradient does not include the forward pass.
-    """
-    backend = keras.backend.backend()
-    make = {"tensorflow": _on_tensorflow, "jax": _on_jax, "torch": _on_torch}[backend]
-    return make(convolution, tuple(wanted), tuple(tensors), compiled)
-
-
-def _on_tensorflow(
-    convolution: Convolution, wanted: tuple, tensors: tuple, compiled: bool
-) -> Callable[[], tuple[Any, ...]]:
-    import tensorflow as tf
-
-    def run(x: Any, k: Any, g: Any) -> tuple[Any, ...]:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([x, k])
-            y = convolution(x, k)
-        # A graph drops what does not feed its results.
-        dx, dk = tape.gradient(y, (x, k), g)
-        return tuple(dict(zip(PASSES, (y, dx, dk), strict=True))[name] for name in wanted)
-
-    function = tf.function(run, autograph=False, jit_compile=compiled)
-    traced: list[Any] = []
-
-    def call() -> tuple[Any, ...]:
-        if not traced:
-            # Not by calling `function`: TensorFlow warns of many such functions.
-            traced.append(function.get_concrete_function(*tensors))
-        return traced[0](*tensors)
-
-    return call
-
-
-def _on_jax(
-    convolution: Convolution, wanted: tuple, tensors: tuple, compiled: bool
-) -> Callable[[], tuple[Any, ...]]:
-    import jax
-
-    @jax.jit
-    def run(x: Any, k: Any, g: Any) -> tuple[Any, ...]:
-        y, gradients = jax.vjp(convolution, x, k)
-        dx, dk = gradients(g)
-        return tuple(dict(zip(PASSES, (y, dx, dk), strict=True))[name] for name in wanted)
-
-    return lambda: run(*tensors)
-
-
-def _on_torch(
-    convolution: Convolution, wanted: tuple, tensors: tuple, compiled: bool
-) -> Callable[[], tuple[Any, ...]]:
-    import torch
-
-    x, k, g = tensors
-    if compiled:
-        convolution = torch.compile(convolution)
-    if wanted == ("forward",):
-
-        def forward() -> tuple[Any, ...]:
-            with torch.no_grad():
-                return (convolution(x, k),)
-
-        return forward
-    arguments = {
-        "input_gradient": x.detach().clone(),
-        "kernel_gradient": k.detach().clone(),
-    }
-    needed = [arguments[name] for name in wanted if name != "forward"]
-    for argument in needed:
-        argument.requires_grad_()
-    outputs: list[Any] = []
-
-    def gradients() -> tuple[Any, ...]:
-        if not outputs:  # Eager: a gradient's time does not include the forward pass.
-            outputs.append(convolution(*arguments.values()))
-        found = iter(torch.autograd.grad(outputs[0], needed, g, retain_graph=True))
-        return tuple(outputs[0].detach() if n == "forward" else next(found) for n in wanted)
-
-    return gradients
+    return np.asarray(ops.convert_to_numpy(value), dtype="float64")

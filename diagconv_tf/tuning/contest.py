@@ -1,7 +1,7 @@
 """Times whole training steps of a model's variants, in turn, on one copy of it.
 
 Layers change class in place, so all variants share one copy of the model, its
-weights and its optimizer: after the change Keras makes a training function, whose
+weights and its optimizer: after the change Keras creates a training function, whose
 first call traces and compiles. Functions compiled earlier stay what they were; but
 because an uncompiled one reads the layers at each call, a variant's classes are set
 before every step, which takes microseconds.
@@ -13,6 +13,7 @@ them: JAX gives the state away with each step, so it is lost for all variants.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -161,15 +162,15 @@ class Contest:
             self.model, self.batch.x, self.batch.y, self.batch.sample_weight
         )
         on_host = Conditions.current().device_kind == "cpu"
-        self._how = {
+        self._how: dict[str, Any] = {
             "calls": 1 if on_host else STEPS_ON_DEVICE,
             "on_error": self._steps.rewind,
             "clock": clock,
         }
         self._layers = {
-            place.path: (place.layer, find_rule(place.layer, rules))
+            place.path: (place.layer, rule)
             for place in walk_layers(self.model)
-            if find_rule(place.layer, rules) is not None
+            if (rule := find_rule(place.layer, rules)) is not None
         }
         self._variants: dict[str, _Compiled] = {}
         self.first: dict[str, Measured] = {}
@@ -205,11 +206,10 @@ class Contest:
             seconds: the rounds end after so many, if a decision is possible.
         """
         measured = {name: self.first[name] for name in names}
-        running = [name for name in names if measured[name].ok]
-        best = min((measured[name].median for name in running), default=0.0)
-        left = [n for n in running if n == STOCK or measured[n].median <= DROP_ABOVE * best]
+        most = DROP_ABOVE * min((measured[name].seconds for name in names), default=0.0)
+        left = [n for n in names if measured[n].ok and (n == STOCK or measured[n].seconds <= most)]
         timings = time_interleaved(
-            {name: (lambda name=name: self._step(name)) for name in left},
+            {name: functools.partial(self._step, name) for name in left},
             rounds=rounds,
             warmup=0,
             budget_seconds=seconds,

@@ -26,9 +26,8 @@ from absl import logging
 from rich.console import Console
 
 from diagconv_tf import distribution, keras_internals
-from diagconv_tf.distribution import Replicas, from_first_process
 from diagconv_tf.environment import Conditions
-from diagconv_tf.inspection import Inspection, inspect_model
+from diagconv_tf.inspection import ConvolutionRow, Inspection, inspect_as_built, inspect_model
 from diagconv_tf.layers import kernel_channels_axis
 from diagconv_tf.lowerings import LoweringLike, parse
 from diagconv_tf.measurements import (
@@ -42,11 +41,12 @@ from diagconv_tf.plan import Plan
 from diagconv_tf.rules import DEFAULT_RULES, Rule
 from diagconv_tf.spec import PASSES, STOCK
 from diagconv_tf.text import summarize_error
+from diagconv_tf.timing import check_whole_number
 from diagconv_tf.tuning import candidates, checking, choosing, keys
 from diagconv_tf.tuning.cache import Cache
 from diagconv_tf.tuning.candidates import Variant
 from diagconv_tf.tuning.contest import ROUNDS_SECONDS, Contest
-from diagconv_tf.tuning.layer_benchmark import LayerBenchmark
+from diagconv_tf.tuning.layer_benchmark import measure_alone
 from diagconv_tf.tuning.sample_batch import check_synthetic_inputs
 from diagconv_tf.tuning.workloads import LayersOfWorkload, distinct_workloads
 
@@ -127,14 +127,16 @@ def tune(
             Keras cannot train.
         RuntimeError: if the first process could not tune; the message says why.
     """
-    _check_arguments(batch_size, jit_compile, budget_seconds)
+    check_whole_number("batch_size", batch_size, least=1)
+    if budget_seconds is not None and not budget_seconds > 0:
+        raise ValueError(
+            f"Expected `budget_seconds` to be above 0 or None. Received: {budget_seconds!r}"
+        )
     check_built(model)
     replicas = distribution.replicas_of(model)
     per_replica_batch = replicas.per_replica_batch(batch_size)
-    compiled = _will_be_compiled(model, jit_compile)
-    _check_not_eager(model, compiled)
+    compiled = _is_compiled(model, jit_compile, replicas.num_replicas)
     if distribution.strategy_of(model) is not None:
-        _check_strategy_can_compile(compiled, replicas)
         # The copy that is measured has no strategy, which "auto" asks for.
         jit_compile = compiled
 
@@ -150,23 +152,20 @@ def tune(
         _warn_of_sharded_channels(model, inspection)
         tuner = _Tuner(
             model=model,
-            batch_size=batch_size,
+            data=data,
             inspection=inspection,
             conditions=Conditions.current(compiled, replicas.num_replicas),
-            cache=Cache(cache_dir),
-            refresh=refresh,
-            per_layer=per_layer,
+            cache=Cache(cache_dir, refresh),
             clock=clock,
             deadline=None if budget_seconds is None else clock() + budget_seconds,
             make_contest=lambda: Contest(model, per_replica_batch, data, jit_compile, rules, clock),
-            data=data,
         )
-        return tuner.run()
+        return dataclasses.replace(tuner.run(per_layer), batch_size=batch_size)
 
     if replicas.num_processes == 1:
         plan = distribution.undistributed(measure)
     else:
-        text = from_first_process(
+        text = distribution.from_first_process(
             lambda: distribution.undistributed(measure).to_json(), replicas.process_index
         )
         plan = Plan.from_json(text)
@@ -174,53 +173,44 @@ def tune(
     return plan
 
 
-def _check_arguments(batch_size: Any, jit_compile: Any, budget_seconds: Any) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"Expected `batch_size` to be an integer >= 1. Received: {batch_size!r}")
+def _is_compiled(model: keras.Model, jit_compile: bool | str, num_replicas: int) -> bool:
+    """Whether the training step will be compiled.
+
+    Raises:
+        ValueError: if `jit_compile` is out of range, if Keras would run the model
+            eagerly, or where TensorFlow cannot compile under a strategy.
+    """
     if jit_compile not in (True, False, "auto"):
         raise ValueError(
             f'Expected `jit_compile` to be True, False or "auto". Received: {jit_compile!r}'
         )
-    if budget_seconds is not None and not budget_seconds > 0:
-        raise ValueError(
-            f"Expected `budget_seconds` to be above 0 or None. Received: {budget_seconds!r}"
-        )
-
-
-def _will_be_compiled(model: keras.Model, jit_compile: bool | str) -> bool:
-    if jit_compile == "auto":
-        # Reading the property of a model that is not compiled would set it.
-        return (
-            bool(model.jit_compile)
-            if model.compiled
-            else keras_internals.resolve_jit_compile(model)
-        )
-    return bool(jit_compile) and keras_internals.supports_jit(model)
-
-
-def _check_not_eager(model: keras.Model, compiled: bool) -> None:
-    if model.run_eagerly:
-        received = "run_eagerly=True"
-    elif keras.backend.backend() == "jax" and not compiled:
+    if jit_compile != "auto":
+        compiled = bool(jit_compile) and keras_internals.supports_jit(model)
+    elif model.compiled:
+        compiled = bool(model.jit_compile)
+    else:  # Reading the property of a model that is not compiled would set it.
+        compiled = keras_internals.resolve_jit_compile(model)
+    eager_jax = keras.backend.backend() == "jax" and not compiled
+    if model.run_eagerly or eager_jax:
         received = (
-            "jit_compile=False on JAX (as which TensorFlow saves models on a CPU); compile the "
-            "model with jit_compile=True"
+            "run_eagerly=True"
+            if model.run_eagerly
+            else (
+                "jit_compile=False on JAX (as which TensorFlow saves models on a CPU); compile the "
+                "model with jit_compile=True"
+            )
         )
-    else:
-        return
-    raise ValueError(
-        "Expected a model that Keras does not run eagerly: that is for debugging, and no choice "
-        f"of lowerings makes it fast. Received: {received}"
-    )
-
-
-def _check_strategy_can_compile(compiled: bool, replicas: Replicas) -> None:
-    if compiled and replicas.num_replicas > 1:
+        raise ValueError(
+            "Expected a model that Keras does not run eagerly: that is for debugging, and no "
+            f"choice of lowerings makes it fast. Received: {received}"
+        )
+    if compiled and num_replicas > 1 and distribution.strategy_of(model) is not None:
         raise ValueError(
             "Expected a training step without XLA under a strategy of several replicas: TensorFlow "
             "cannot compile one ('Trying to access resource … located in device …'). Received: "
             "jit_compile=True"
         )
+    return compiled
 
 
 def _warn_of_sharded_channels(model: keras.Model, inspection: Inspection) -> None:
@@ -235,59 +225,74 @@ def _warn_of_sharded_channels(model: keras.Model, inspection: Inspection) -> Non
 
 @dataclasses.dataclass
 class _Tuner:
-    """One run of `tune`."""
+    """One run of `tune`; it measures what the cache does not know."""
 
     model: keras.Model
-    batch_size: int
+    data: Any
     inspection: Inspection
     conditions: Conditions
     cache: Cache
-    refresh: bool
-    per_layer: bool
     clock: Callable[[], float]
     deadline: float | None
     make_contest: Callable[[], Contest]
-    data: Any
 
-    def run(self) -> Plan:
+    def run(self, per_layer: bool) -> Plan:
         groups = distinct_workloads(self.inspection)
         if not groups:
-            return self._plan({}, (), {}, "No convolution with groups can be rewritten.")
-        variants = candidates.contest_variants(groups, self.conditions)
-        with _progress(len(variants) + 3 + self.per_layer * len(groups)) as report:
-            workloads = tuple(self._measured_alone(group, report) for group in groups)
-            alone = {
-                path: w.choice
-                for w in workloads
-                if w.choice not in (None, STOCK)
-                for path in w.layers
-            }
-            if alone and alone not in variants.values():
-                variants = {PER_LAYER: alone, **variants}
-            steps, choice = self._decide({STOCK: {}, **variants}, report)
-        variant = variants.get(choice.name, {})
-        return self._plan(variant, workloads, steps, f"{choice.name}: {choice.reason}")
+            return Plan(self.conditions, reason="No convolution with groups can be rewritten.")
+        variants = {STOCK: {}, **candidates.contest_variants(groups, self.conditions)}
+        workloads = tuple(
+            WorkloadMeasurements(group.workload.spec, group.workload.stock_op, group.paths)
+            for group in groups
+        )
+        with _progress(len(variants) + 2 + per_layer * len(groups)) as report:
+            if per_layer:
+                workloads = tuple(self._measure_alone(group, report) for group in groups)
+                alone = {
+                    path: w.choice
+                    for w in workloads
+                    if w.choice not in (None, STOCK)
+                    for path in w.layers
+                }
+                if alone not in variants.values():
+                    variants = {STOCK: {}, PER_LAYER: alone, **variants}
+            steps, choice = self._decide(variants, report)
+        wanted = {
+            path: variants[choice.name].get(path, STOCK) for w in workloads for path in w.layers
+        }
+        plan = Plan(
+            conditions=self.conditions,
+            lowerings={w.spec: wanted[w.layers[0]] for w in reversed(workloads)},
+            reason=f"{choice.name}: {choice.reason}",
+            workloads=workloads,
+            steps=steps,
+        )
+        # Two classes of layers may have equal specs, and with open sizes several specs fit.
+        overrides = {
+            row.path: wanted[row.path]
+            for row in inspect_as_built(self.model).rows
+            if row.path in wanted and not _says(plan, row, wanted[row.path])
+        }
+        return dataclasses.replace(plan, overrides=overrides)
 
-    def _measured_alone(self, group: LayersOfWorkload, report: Report) -> WorkloadMeasurements:
-        """A workload, with its times if they are asked for and the budget allows."""
+    def _measure_alone(self, group: LayersOfWorkload, report: Report) -> WorkloadMeasurements:
+        """A workload, with its times if the budget allows."""
         workload = group.workload
         measurements = WorkloadMeasurements(workload.spec, workload.stock_op, group.paths)
-        if not self.per_layer:
-            return measurements
         report(group.paths[0])
         names = candidates.layer_candidates(workload, self.conditions)
         key = keys.of_workload(workload, names, self.conditions)
-        known = {} if self.refresh else self.cache.read(key)
-        if known:
-            passes = {p: {n: known[f"{p}/{n}"] for n in names} for p in PASSES}
-        else:
+        known = self.cache.read(key)
+        if not known:
             _ = self._contest  # A model that cannot be trained is refused at once.
             if self._seconds_left() <= 0:
                 return dataclasses.replace(measurements, reason="not measured: no time was left")
-            passes = LayerBenchmark(workload, self.conditions, self.clock).measure(names)
-            self._keep(
-                key, {f"{p}/{n}": m for p, found in passes.items() for n, m in found.items()}
-            )
+            found = measure_alone(workload, names, self.conditions, self.clock)
+            known = {f"{p}/{n}": measured for p in PASSES for n, measured in found[p].items()}
+            self._keep(key, known)
+        passes: dict[str, dict[str, Measured]] = {
+            p: {n: known[f"{p}/{n}"] for n in names} for p in PASSES
+        }
         choice = choosing.choose_lowering(passes, workload.native_is_stock)
         return dataclasses.replace(
             measurements, passes=passes, choice=choice.name, reason=choice.reason
@@ -298,26 +303,31 @@ class _Tuner:
         """The contest, in which stock has made its first steps.
 
         Raises:
-            ValueError: if the model cannot be trained, in stock or in any other
-                layers.
+            ValueError: if the model cannot be trained, neither in stock nor in
+                native layers.
         """
         contest = self.make_contest()
         stock = contest.add(STOCK, {})
-        if not stock.ok:
-            native = {row.path: "native" for row in self.inspection.rows if row.eligible}
-            if not contest.add("native", native).ok:
-                _raise_untrainable(self.model, stock, contest.batch.synthetic)
+        native = {row.path: "native" for row in self.inspection.rows if row.eligible}
+        if not stock.ok and not contest.add("native", native).ok:
+            synthetic = contest.batch.synthetic
+            advice = "; pass a batch of it as `data`" if synthetic else ""
+            on = f", on synthetic {' and '.join(synthetic)}" if synthetic else ""
+            raise ValueError(
+                f"Expected a model that can be trained{advice}. Received: '{self.model.name}', "
+                f"whose training step fails{on}: {stock.error}"
+            )
         return contest
 
     def _decide(
         self, variants: Mapping[str, Variant], report: Report
-    ) -> tuple[dict[str, Measured], choosing.Choice]:
+    ) -> tuple[dict[str, Measured], choosing.Choice[str]]:
         """The times of whole training steps, and the variant that they speak for."""
         key = keys.of_contest(self.model, self.inspection, self.data, self.conditions, variants)
-        known = {} if self.refresh else self.cache.read(key)
+        steps = self.cache.read(key)
         # With a budget, a contest with fewer variants is as good as can be had.
-        if known and (self.deadline is not None or set(known) == set(variants)):
-            return known, choosing.choose_variant(known)
+        if steps and (self.deadline is not None or set(steps) == set(variants)):
+            return steps, choosing.choose_variant(steps)
         steps = self._run_contest(variants, report)
         choice = choosing.choose_variant(steps)
         report("the numbers of the fastest")
@@ -329,21 +339,19 @@ class _Tuner:
 
     def _run_contest(self, variants: Mapping[str, Variant], report: Report) -> dict[str, Measured]:
         report(f"first steps: {STOCK}")
-        contest = self._contest
-        stock = contest.first[STOCK]
+        first = self._contest.first
         names = [STOCK]
-        for name, variant in variants.items():
-            if name == STOCK:
-                continue
+        for name in [name for name in variants if name != STOCK]:
             report(f"first steps: {name}")
-            entered = [contest.first[n].median for n in names if contest.first[n].ok]
+            entered = [first[n].seconds for n in names if first[n].ok]
             rounds = least_rounds(len(names)) * sum(entered)
-            expected = _FIRST_STEPS_RESERVED * (stock.first_seconds or 0.0) + rounds
+            expected = _FIRST_STEPS_RESERVED * (first[STOCK].first_seconds or 0.0) + rounds
             if self._seconds_left() > expected:
-                contest.add(name, variant)
+                self._contest.add(name, variants[name])
                 names.append(name)
         report("training steps in turn")
-        return contest.time(names, seconds=max(min(ROUNDS_SECONDS, self._seconds_left()), 1e-3))
+        seconds = max(min(ROUNDS_SECONDS, self._seconds_left()), 1e-3)
+        return self._contest.time(names, seconds=seconds)
 
     def _why_wrong(self, variant: Variant) -> str:
         """The error of a variant that computes wrong numbers; empty where all are right."""
@@ -361,7 +369,7 @@ class _Tuner:
                 return f"its numbers cannot be checked: {summarize_error(error)}"
         return ""
 
-    def _keep(self, key: Mapping[str, Any], contest: Mapping[str, Measured]) -> None:
+    def _keep(self, key: Mapping[str, Any] | None, contest: Mapping[str, Measured]) -> None:
         # Failures may pass. Times are compared with those of the same rounds only, so
         # all of them are kept, or none.
         if all(measured.lasts for measured in contest.values()):
@@ -370,48 +378,16 @@ class _Tuner:
     def _seconds_left(self) -> float:
         return float("inf") if self.deadline is None else self.deadline - self.clock()
 
-    def _plan(
-        self,
-        variant: Variant,
-        workloads: tuple[WorkloadMeasurements, ...],
-        steps: Mapping[str, Measured],
-        reason: str,
-    ) -> Plan:
-        wanted = {path: variant.get(path, STOCK) for w in workloads for path in w.layers}
-        plan = Plan(
-            conditions=self.conditions,
-            lowerings={w.spec: wanted[w.layers[0]] for w in reversed(workloads)},
-            reason=reason,
-            batch_size=self.batch_size,
-            workloads=workloads,
-            steps=steps,
-        )
-        return dataclasses.replace(plan, overrides=self._overrides(plan, wanted))
 
-    def _overrides(self, plan: Plan, wanted: Mapping[str, LoweringLike]) -> dict[str, LoweringLike]:
-        """Paths of layers for which the spec does not say what is wanted.
-
-        So it is where two classes of layers have equal specs, or where sizes
-        are open, so that several specs fit.
-        """
-        rows = self.inspection.rows
-        if self.data is not None:
-            rows = inspect_model(self.model).rows
-        overrides = {}
-        for row in rows:
-            if row.path not in wanted:
-                continue
-            try:
-                found = plan.lowering_for(row)
-            except ValueError:
-                found = None
-            if found != wanted[row.path]:
-                overrides[row.path] = wanted[row.path]
-        return overrides
+def _says(plan: Plan, row: ConvolutionRow, wanted: LoweringLike) -> bool:
+    try:
+        return plan.lowering_for(row) == wanted
+    except ValueError:
+        return False
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
+def _progress(total: int) -> Iterator[Report]:
     """Shows progress, with the time left, on standard error; nothing without a terminal.
 
     Args:
@@ -422,10 +398,10 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
     """
     console = Console(stderr=True)
     columns = (
-        rich.progress.TextColumn("tuning {task.description}"),
+        "tuning {task.description}",
         rich.progress.BarColumn(),
         rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left:"),
+        "left:",
         rich.progress.TimeRemainingColumn(),
     )
     hidden = not console.is_terminal
@@ -433,12 +409,3 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
         task = bar.add_task("", total=total)
         begun = itertools.count()
         yield lambda what: bar.update(task, description=what, completed=next(begun))
-
-
-def _raise_untrainable(model: keras.Model, stock: Measured, synthetic: tuple[str, ...]) -> None:
-    advice = "; pass a batch of it as `data`" if synthetic else ""
-    of = f", on synthetic {' and '.join(synthetic)}" if synthetic else ""
-    raise ValueError(
-        f"Expected a model that can be trained{advice}. Received: '{model.name}', whose training "
-        f"step fails{of}: {stock.error}"
-    )

@@ -11,7 +11,7 @@ import pytest
 from diagconv_tf import DEFAULT_RULES, DiagonalwiseDepthwiseConv2D, Rule
 from diagconv_tf.exporting import ExportError, export, exporter
 from diagconv_tf.exporting.comparing import Reference
-from diagconv_tf.exporting.keras_run import KerasRun
+from diagconv_tf.exporting.keras_run import KerasRun, perturbed
 from diagconv_tf.exporting.onnx import Onnx
 from diagconv_tf.exporting.sample_inputs import sample_inputs
 from diagconv_tf.exporting.tensors import leaves, match
@@ -132,11 +132,12 @@ SAMPLES = {
 def test_a_sample_gets_the_structure_that_the_model_declares(name):
     model = model_of(dict(zip(("k2", "k10"), named("x", "y"), strict=True)), 1)
     a, b = np.zeros((2, 3), "float32"), np.ones((2, 3), "float32")
-    for inputs in sample_inputs(model, SAMPLES[name](a, b), KerasRun(model)):
+    ((one, several),) = sample_inputs(model, SAMPLES[name](a, b))
+    for inputs in (one, several):
         assert {leaf.name: leaf.value.max() for leaf in inputs.leaves} == {"x": 0, "y": 1}
         assert inputs.structure.keys() == {"k2", "k10"}
     with pytest.raises(ValueError, match=r"Expected `sample` to hold 2 inputs: .*Received: 3"):
-        sample_inputs(model, [a, a, a], KerasRun(model))
+        next(sample_inputs(model, [a, a, a]))
 
 
 @pytest.mark.backends("tensorflow")
@@ -293,7 +294,8 @@ def test_a_run_with_other_weights_leaves_the_model_alone():
     model = keras.Sequential([keras.Input((6, 6, 3)), layers.DepthwiseConv2D(3)])
     before = model.get_weights()
     run, x = KerasRun(model), np.ones((1, 6, 6, 3), "float32")
-    (exact,), (again,), (moved,) = run(x), run(x), run(x, perturbation=1e-3)
+    weights = perturbed(run.weights, 1e-3, np.random.default_rng(0))
+    (exact,), (again,), (moved,) = run(x), run(x), run(x, weights)
     np.testing.assert_array_equal(exact.value, again.value)
     assert 0 < np.abs(moved.value - exact.value).max() < 0.1
     assert all(map(np.array_equal, before, model.get_weights()))

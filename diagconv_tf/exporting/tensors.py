@@ -13,21 +13,18 @@ from typing import Any
 
 from diagconv_tf.exporting.report import ExportError
 
-#: Keys of dicts and indices of lists, from the outside in.
-Path = tuple[Any, ...]
-
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One tensor in a structure of dicts, lists and tuples.
 
     Attributes:
-        path: where it stands.
+        path: keys of dicts and indices of lists, from the outside in.
         name: how the signature of a file calls it; None where that is not known.
         value: the tensor.
     """
 
-    path: Path
+    path: tuple[Any, ...]
     name: str | None
     value: Any
 
@@ -42,8 +39,8 @@ def leaves(structure: Any) -> list[Leaf]:
     if isinstance(structure, Mapping):
         names = {(key,): key for key in structure}
     elif isinstance(structure, tuple | list):
-        fields = getattr(structure, "_fields", None)
-        names = {(i,): fields[i] if fields else f"output_{i}" for i in range(len(structure))}
+        fields = getattr(structure, "_fields", [f"output_{i}" for i in range(len(structure))])
+        names = {(i,): field for i, field in enumerate(fields)}
     else:
         names = {(): "output_0"}
     return [Leaf(path, names.get(path), value) for path, value in _walk(structure, ())]
@@ -71,13 +68,10 @@ def match(
     return list(candidates) if by_insertion else sorted(candidates, key=lambda leaf: leaf.path)
 
 
-def _walk(structure: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    if isinstance(structure, Mapping):
-        items = structure.items()
-    elif isinstance(structure, tuple | list):
-        items = enumerate(structure)
+def _walk(structure: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if isinstance(structure, Mapping | tuple | list):
+        is_mapping = isinstance(structure, Mapping)
+        for key, value in structure.items() if is_mapping else enumerate(structure):
+            yield from _walk(value, (*path, key))
     else:
         yield path, structure
-        return
-    for key, value in items:
-        yield from _walk(value, (*path, key))

@@ -12,6 +12,7 @@ from diagconv_tf import DEFAULT_RULES, DiagonalwiseDepthwiseConv2D, Rule
 from diagconv_tf.exporting import ExportError, export, exporter
 from diagconv_tf.exporting.comparing import Reference
 from diagconv_tf.exporting.keras_run import KerasRun, perturbed
+from diagconv_tf.exporting.native import native_convolutions
 from diagconv_tf.exporting.onnx import Onnx
 from diagconv_tf.exporting.sample_inputs import sample_inputs
 from diagconv_tf.exporting.tensors import leaves, match
@@ -84,7 +85,6 @@ SUBCLASSED = {
         {"b2": 2, "b10": 10, "b9": 9},
         lambda x: {"d2": x["b2"], "d10": x["b10"] + 2 * x["b9"], "d9": x["b9"]},
     ),
-    "long lists": (list(range(11)), lambda x: tuple((i + 1) * each for i, each in enumerate(x))),
     "named tuple": (1, lambda x: Pair(2 * x, 10 * x)),
 }
 
@@ -455,3 +455,41 @@ def test_exports_of_several_threads_run_one_at_a_time(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{name}{SUFFIXES[ANY_FORMAT]}" for name in ("first", "second")
     }
+
+
+@needs_a_format
+def test_an_export_inside_swapped_layers_waits_for_no_other(tmp_path):
+    def run(name):
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+        export(model, tmp_path / f"{name}{SUFFIXES[ANY_FORMAT]}", ANY_FORMAT)
+
+    def inside():
+        with native_convolutions(model):
+            second.start()
+            second.join(0.2)  # It has begun, and waits.
+            run("first")
+
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    first = threading.Thread(target=inside, daemon=True)
+    second = threading.Thread(target=run, args=("second",), daemon=True)
+    first.start()
+    first.join(120)
+    second.join(120)
+    assert not first.is_alive()
+    assert not second.is_alive()
+
+
+def test_the_trace_serves_every_batch_size():
+    """On TensorFlow as on export, however many runs the statistics need."""
+    traces = []
+
+    class Counted(layers.Layer):
+        def call(self, x):
+            traces.append(x.shape)
+            return 2.0 * x
+
+    model = keras.Sequential([keras.Input((4,)), Counted()])
+    traces.clear()
+    reference = Reference.of(model, None, True, DEFAULT_RULES)
+    assert [inputs.batch_size for inputs in reference.inputs] == [1, 3]
+    assert len(traces) <= {"tensorflow": 1, "jax": 2, "torch": 6}[BACKEND]

@@ -78,7 +78,7 @@ class ExpectedOutput:
         """
         error = _distance(output, self.leaf.value)
         least = floor * np.max(self.sizes, initial=0.0)
-        relative = []
+        relative: list[float] = []
         for axis in {1, error.ndim - 1} if error.ndim > 1 else {None}:
             others = tuple(i for i in range(error.ndim) if i != axis)
             scales = np.maximum(np.max(self.sizes, axis=others, initial=0.0), least)

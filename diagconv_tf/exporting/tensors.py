@@ -36,13 +36,12 @@ def leaves(structure: Any) -> list[Leaf]:
     of a named tuple, else `output_0`, `output_1`, …. TensorFlow has no signatures
     for deeper structures, and so these have no names.
     """
+    names: dict[tuple[Any, ...], str] = {(): "output_0"}
     if isinstance(structure, Mapping):
         names = {(key,): key for key in structure}
     elif isinstance(structure, tuple | list):
         fields = getattr(structure, "_fields", [f"output_{i}" for i in range(len(structure))])
         names = {(i,): field for i, field in enumerate(fields)}
-    else:
-        names = {(): "output_0"}
     return [Leaf(path, names.get(path), value) for path, value in _walk(structure, ())]
 
 
@@ -69,9 +68,13 @@ def match(
 
 
 def _walk(structure: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    if isinstance(structure, Mapping | tuple | list):
-        is_mapping = isinstance(structure, Mapping)
-        for key, value in structure.items() if is_mapping else enumerate(structure):
-            yield from _walk(value, (*path, key))
+    items: Any
+    if isinstance(structure, Mapping):
+        items = structure.items()
+    elif isinstance(structure, tuple | list):
+        items = enumerate(structure)
     else:
         yield path, structure
+        return
+    for key, value in items:
+        yield from _walk(value, (*path, key))

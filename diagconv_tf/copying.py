@@ -30,7 +30,7 @@ from typing import Any
 import keras
 from absl import logging
 
-from diagconv_tf import keras_internals, plain_objects
+from diagconv_tf import class_swap, keras_internals, plain_objects
 from diagconv_tf.keras_internals import (
     CONTAINER_CACHE_ATTRIBUTE,
     DEPENDENCY_ATTRIBUTES,
@@ -92,9 +92,11 @@ def copy_model(model: keras.Model, *, distributed: bool = True) -> keras.Model:
         raise ValueError(f"Expected a `keras.Model`. Received: model={model!r}")
     # While `fit` runs on JAX, variables lag behind the state of the loop.
     keras_internals.sync_training_state(model)
-    ownership = Ownership(model, distributed=distributed)
-    with _strategy_scope(model) if distributed else contextlib.nullcontext():
-        duplicate = _Copier(ownership, distributed).copy_model(model)
+    # Another thread may have given layers other classes for a moment.
+    with class_swap.lock:
+        ownership = Ownership(model, distributed=distributed)
+        with _strategy_scope(model) if distributed else contextlib.nullcontext():
+            duplicate = _Copier(ownership, distributed).copy_model(model)
     if copied := ownership.describe_copied_code():
         logging.info("Copied with %s, which they refer to: %s.", model.name, ", ".join(copied))
     if read := ownership.describe_global_reads():
@@ -158,7 +160,7 @@ class _Copier:
 
     def _find_method(self, original: Any) -> Callable[[Any], Any]:
         """The method that copies objects of the type of `original`."""
-        exact = {
+        exact: dict[type, Callable[[Any], Any]] = {
             tuple: self._copy_tuple,
             list: self._copy_list,
             dict: self._copy_dict,

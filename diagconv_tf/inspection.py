@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from rich.table import Table
 
-from diagconv_tf import flops, tracing
+from diagconv_tf import class_swap, flops, tracing
 from diagconv_tf.layers import LoweredLayer, layer_spec
 from diagconv_tf.model_tree import PlacedLayer, check_built, walk_layers
 from diagconv_tf.preserving import preserved_state
@@ -163,8 +163,9 @@ def inspect_model(
     check_built(model)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"Expected `batch_size` >= 1 or None. Received: {batch_size!r}")
-    placed = walk_layers(model)
-    with preserved_state(model):
+    # Another thread may have given layers other classes for a moment.
+    with class_swap.lock, preserved_state(model):
+        placed = walk_layers(model)
         return _inspect(model, placed, _trace(model, placed, batch_size, data), rules)
 
 
@@ -176,7 +177,8 @@ def inspect_as_built(model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES) 
     """
     check_built(model)
     not_called = _Trace({}, None, None, "the model was not called")
-    return _inspect(model, walk_layers(model), not_called, rules)
+    with class_swap.lock:
+        return _inspect(model, walk_layers(model), not_called, rules)
 
 
 def _inspect(

@@ -154,14 +154,15 @@ def set_state(target: Any, state: Any, set_state: Callable | None) -> None:
             object.__setattr__(target, name, value)
 
 
-def replace_keys(container: set | dict, keys: dict[Any, Any]) -> None:
-    """Replaces in place those keys of `container` that `keys` maps to new ones; keeps the order."""
+def replace_keys(container: Any, keys: dict[Any, Any]) -> None:
+    """Replaces in place the keys of a set or dict that `keys` maps to new ones; keeps the order."""
     if keys.keys().isdisjoint(container):
         return
     if keras_internals.is_tensorflow_container(container):
         replace_keys(container.__wrapped__, keys)
         keras_internals.update_container_snapshot(container)
         return
+    entries: set | dict
     if isinstance(container, dict):
         entries = {keys.get(key, key): value for key, value in container.items()}
     else:

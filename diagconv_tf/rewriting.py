@@ -20,13 +20,7 @@ from diagconv_tf.distribution import batch_axis, replicas_of
 from diagconv_tf.environment import Conditions
 from diagconv_tf.inspection import ConvolutionRow, Inspection, inspect_as_built, inspect_model
 from diagconv_tf.layers import kernel_channels_axis
-from diagconv_tf.lowerings import (
-    LoweringChoice,
-    LoweringLike,
-    parse,
-    why_not,
-    why_not_sharded,
-)
+from diagconv_tf.lowerings import LoweringChoice, LoweringLike, parse, why_not, why_not_sharded
 from diagconv_tf.model_tree import check_built, walk_layers
 from diagconv_tf.plan import Plan
 from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
@@ -34,7 +28,6 @@ from diagconv_tf.spec import STOCK
 
 #: Layer paths or globs, or a function of a row of the inspection.
 Selection = str | Sequence[str] | Callable[[ConvolutionRow], bool]
-
 
 #: Attributes that `rewrite` sets on a model whose lowerings hold under some conditions.
 _VALIDITY = "_diagconv_validity"
@@ -111,25 +104,22 @@ def rewrite(
             or if no faithful copy of the model can be made.
     """
     check_built(model)
-    plan = lowering if isinstance(lowering, Plan) else None
-    choice = None if plan else parse_or_auto(lowering)
+    choice = lowering if isinstance(lowering, Plan) else parse_or_auto(lowering)
     with class_swap.lock:
         # Only what chooses by the sizes of images needs to know them.
-        by_size = plan or callable(include) or callable(exclude)
+        by_size = isinstance(choice, Plan) or callable(include) or callable(exclude)
         inspection = (inspect_model if by_size else inspect_as_built)(model, rules=rules)
-        selected = _select(inspection, include, exclude)
-        rows = [row for row in inspection.rows if row.path in selected]
+        rows = _select(inspection, include, exclude)
         validity = None
-        if plan:
-            decisions = [_decide(row, plan.lowering_for) for row in rows]
-            validity = _Validity(plan.conditions, _check_plan(plan, model, decisions))
-        elif choice == AUTO:
+        if isinstance(choice, Plan):
+            decisions = [_decide(row, choice.lowering_for) for row in rows]
+            validity = _Validity(choice.conditions, _check_plan(choice, model, decisions))
+        elif isinstance(choice, str):
             compiled = _is_compiled(model)
             if compiled is None:
                 compiled = keras_internals.resolve_jit_compile(model)
-            conditions = _conditions(model, compiled)
-            decisions = [_decide_auto(row, conditions) for row in rows]
-            validity = _Validity(conditions)
+            validity = _Validity(_conditions(model, compiled))
+            decisions = [_decide_auto(row, validity.conditions) for row in rows]
         else:
             decisions = [_decide(row, lambda _: choice) for row in rows]
         level, summary = _summary(model, inspection, decisions)
@@ -215,11 +205,12 @@ def _apply(
     """Carries out `decisions` in the model or in a copy, completely or not at all."""
     target = model if in_place else copy_model(model)
     layers = {place.path: place.layer for place in walk_layers(target)}
-    states = []
-    for decision in decisions:
-        if decision.lowering is not None:
-            layer = layers[decision.row.path]
-            states.append(LayerState.by_rule(layer, find_rule(layer, rules), decision.lowering))
+    pairs = [(layers[d.row.path], d.lowering) for d in decisions if d.lowering is not None]
+    states = [
+        LayerState.by_rule(layer, rule, lowering)
+        for layer, lowering in pairs
+        if (rule := find_rule(layer, rules)) is not None  # Always: else the row has a reason.
+    ]
     class_swap.swap(target, states)
     return target
 
@@ -269,13 +260,13 @@ def _make_train_function(model: keras.Model, force: bool = False) -> None:
 
 def _select(
     inspection: Inspection, include: Selection | None, exclude: Selection | None
-) -> set[str]:
+) -> list[ConvolutionRow]:
     paths = {row.path for row in inspection.rows}
     if include is not None:
         paths = _matching(inspection, "include", include)
     if exclude is not None:
         paths -= _matching(inspection, "exclude", exclude)
-    return paths
+    return [row for row in inspection.rows if row.path in paths]
 
 
 def _matching(inspection: Inspection, argument: str, selection: Selection) -> set[str]:
@@ -290,9 +281,7 @@ def _matching(inspection: Inspection, argument: str, selection: Selection) -> se
                 f"function. Received: {pattern!r}"
             )
         found = {
-            row.path
-            for row in inspection.rows
-            if any(_matches(path, pattern) for path in row.paths)
+            row.path for row in inspection.rows if any(_matches(p, pattern) for p in row.paths)
         }
         if not found:
             known = [path for row in inspection.rows for path in row.paths]
@@ -385,17 +374,13 @@ def _gathering(decisions: Sequence[Decision]) -> dict[str, list[str]]:
 
     Weights that are sharded along the axis of the batch are only stored so.
     """
-    batch = batch_axis()
-    found: dict[str, list[str]] = {}
-    for decision in decisions:
+
+    def reasons(decision: Decision) -> str:
         axis = kernel_channels_axis(decision.row.layer)
-        if axis is None or axis == batch:
-            continue
-        reasons = dict.fromkeys(
-            reason
-            for spec in decision.row.specs
-            for reason in why_not_sharded(spec, decision.lowering, axis.size)
-        )
-        if reasons:
-            found.setdefault("; ".join(reasons), []).append(decision.row.path)
-    return found
+        if axis is None or axis == batch_axis() or decision.lowering is None:
+            return ""
+        found = [why_not_sharded(s, decision.lowering, axis.size) for s in decision.row.specs]
+        return "; ".join(dict.fromkeys(reason for each in found for reason in each))
+
+    groups = _grouped((reasons(decision), decision) for decision in decisions)
+    return {reason: paths for reason, paths in groups.items() if reason}

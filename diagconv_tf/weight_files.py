@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
-import types
 from collections.abc import Iterator, Sequence
 
 import keras
@@ -87,17 +85,15 @@ def _stock_class_names(model: keras.Model, rules: Sequence[Rule]) -> Iterator[No
     Each layer gets a subclass of its class with another name and nothing else, so
     that whoever calls the model meanwhile runs the same code as before.
     """
-
-    @functools.cache
-    def renamed(layer_class: type[keras.layers.Layer]) -> type[keras.layers.Layer]:
-        name = stock_class(layer_class, rules).__name__
-        if name == layer_class.__name__:
-            return layer_class
-        body = {"__module__": layer_class.__module__}
-        return types.new_class(name, (layer_class,), exec_body=lambda names: names.update(body))
+    renamed: dict[type, type] = {}
 
     def change(state: LayerState) -> LayerState:
-        return dataclasses.replace(state, layer_class=renamed(state.layer_class))
+        own = state.layer_class
+        if own not in renamed:
+            name = stock_class(own, rules).__name__
+            body = {"__module__": own.__module__}
+            renamed[own] = own if name == own.__name__ else type(name, (own,), body)
+        return dataclasses.replace(state, layer_class=renamed[own])
 
     with swapped([place.layer for place in walk_layers(model)], change):
         yield

@@ -25,7 +25,9 @@ from diagconv_tf import (
     save_weights,
 )
 from diagconv_tf.class_swap import LayerState, instance_attribute
+from diagconv_tf.copying import copy_model
 from diagconv_tf.exporting.native import counted_depthwise_calls, native_convolutions
+from diagconv_tf.inspection import inspect_as_built, inspect_model
 from diagconv_tf.layers import LoweredLayer
 from diagconv_tf.model_tree import walk_layers
 from diagconv_tf.rules import find_rule
@@ -275,6 +277,25 @@ def test_overlapping_operations_leave_the_model_as_it_was(
     others[0].get()
     assert facts(model) == before
     assert np.array_equal(outputs(model, inputs), wanted)
+
+
+READERS = {
+    "copy": lambda model: [type(place.layer) for place in walk_layers(copy_model(model))],
+    "inspect": lambda model: [row.lowering for row in inspect_model(model).rows],
+    "inspect as built": lambda model: [row.lowering for row in inspect_as_built(model).rows],
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_who_decides_by_class_waits_for_the_class_of_the_model(monkeypatch, model, reader):
+    lock = WatchedLock()
+    monkeypatch.setattr(class_swap, "lock", lock)
+    read = READERS[reader]
+    wanted = read(model)
+    with native_convolutions(model):
+        thread = Thread(lambda: read(model))
+        assert lock.awaited.wait(SECONDS)
+    assert thread.get() == wanted
 
 
 @pytest.mark.parametrize("inner", OPERATIONS)

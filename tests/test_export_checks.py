@@ -11,7 +11,8 @@ import pytest
 from diagconv_tf import DEFAULT_RULES, DiagonalwiseDepthwiseConv2D, Rule
 from diagconv_tf.exporting import ExportError, export, exporter
 from diagconv_tf.exporting.comparing import Reference
-from diagconv_tf.exporting.keras_run import KerasRun
+from diagconv_tf.exporting.keras_run import KerasRun, perturbed
+from diagconv_tf.exporting.native import native_convolutions
 from diagconv_tf.exporting.onnx import Onnx
 from diagconv_tf.exporting.sample_inputs import sample_inputs
 from diagconv_tf.exporting.tensors import leaves, match
@@ -84,7 +85,6 @@ SUBCLASSED = {
         {"b2": 2, "b10": 10, "b9": 9},
         lambda x: {"d2": x["b2"], "d10": x["b10"] + 2 * x["b9"], "d9": x["b9"]},
     ),
-    "long lists": (list(range(11)), lambda x: tuple((i + 1) * each for i, each in enumerate(x))),
     "named tuple": (1, lambda x: Pair(2 * x, 10 * x)),
 }
 
@@ -132,11 +132,12 @@ SAMPLES = {
 def test_a_sample_gets_the_structure_that_the_model_declares(name):
     model = model_of(dict(zip(("k2", "k10"), named("x", "y"), strict=True)), 1)
     a, b = np.zeros((2, 3), "float32"), np.ones((2, 3), "float32")
-    for inputs in sample_inputs(model, SAMPLES[name](a, b), KerasRun(model)):
+    ((one, several),) = sample_inputs(model, SAMPLES[name](a, b))
+    for inputs in (one, several):
         assert {leaf.name: leaf.value.max() for leaf in inputs.leaves} == {"x": 0, "y": 1}
         assert inputs.structure.keys() == {"k2", "k10"}
     with pytest.raises(ValueError, match=r"Expected `sample` to hold 2 inputs: .*Received: 3"):
-        sample_inputs(model, [a, a, a], KerasRun(model))
+        next(sample_inputs(model, [a, a, a]))
 
 
 @pytest.mark.backends("tensorflow")
@@ -293,7 +294,8 @@ def test_a_run_with_other_weights_leaves_the_model_alone():
     model = keras.Sequential([keras.Input((6, 6, 3)), layers.DepthwiseConv2D(3)])
     before = model.get_weights()
     run, x = KerasRun(model), np.ones((1, 6, 6, 3), "float32")
-    (exact,), (again,), (moved,) = run(x), run(x), run(x, perturbation=1e-3)
+    weights = perturbed(run.weights, 1e-3, np.random.default_rng(0))
+    (exact,), (again,), (moved,) = run(x), run(x), run(x, weights)
     np.testing.assert_array_equal(exact.value, again.value)
     assert 0 < np.abs(moved.value - exact.value).max() < 0.1
     assert all(map(np.array_equal, before, model.get_weights()))
@@ -453,3 +455,41 @@ def test_exports_of_several_threads_run_one_at_a_time(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{name}{SUFFIXES[ANY_FORMAT]}" for name in ("first", "second")
     }
+
+
+@needs_a_format
+def test_an_export_inside_swapped_layers_waits_for_no_other(tmp_path):
+    def run(name):
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+        export(model, tmp_path / f"{name}{SUFFIXES[ANY_FORMAT]}", ANY_FORMAT)
+
+    def inside():
+        with native_convolutions(model):
+            second.start()
+            second.join(0.2)  # It has begun, and waits.
+            run("first")
+
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    first = threading.Thread(target=inside, daemon=True)
+    second = threading.Thread(target=run, args=("second",), daemon=True)
+    first.start()
+    first.join(120)
+    second.join(120)
+    assert not first.is_alive()
+    assert not second.is_alive()
+
+
+def test_the_trace_serves_every_batch_size():
+    """On TensorFlow as on export, however many runs the statistics need."""
+    traces = []
+
+    class Counted(layers.Layer):
+        def call(self, x):
+            traces.append(x.shape)
+            return 2.0 * x
+
+    model = keras.Sequential([keras.Input((4,)), Counted()])
+    traces.clear()
+    reference = Reference.of(model, None, True, DEFAULT_RULES)
+    assert [inputs.batch_size for inputs in reference.inputs] == [1, 3]
+    assert len(traces) <= {"tensorflow": 1, "jax": 2, "torch": 6}[BACKEND]

@@ -590,7 +590,7 @@ def test_inputs_that_cannot_be_made_up(tmp_path):
     inputs = keras.Input((None, None, 3))
     small = keras.layers.Cropping2D(400)(inputs)
     model = keras.Model(inputs, keras.layers.DepthwiseConv2D(3)(small))
-    with pytest.raises((ValueError, ExportError), match="Expected `sample`|see `sample`|finite"):
+    with pytest.raises((ValueError, ExportError), match="as `sample`"):
         export(model, path, ANY_FORMAT)
     assert not leftovers(tmp_path)
 

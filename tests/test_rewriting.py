@@ -23,6 +23,7 @@ from diagconv_tf import (
     rewrite,
     save_weights,
 )
+from diagconv_tf.copying import copy_model
 from diagconv_tf.layers import LoweredLayer
 from diagconv_tf.model_tree import walk_layers
 from tests import cases, model_zoo
@@ -493,3 +494,16 @@ def test_a_restored_model_loads_without_the_package(tmp_path):
     model.save(tmp_path / "model.keras")
     with zipfile.ZipFile(tmp_path / "model.keras") as archive:
         assert "diagconv" not in archive.read("config.json").decode()
+
+
+@pytest.mark.backends("tensorflow")
+def test_copying_a_watched_model_reports_nothing_of_the_watch(caplog):
+    """What `rewrite` itself put there is no code of the user's."""
+    model = keras.Sequential([keras.Input((8, 8, 4)), layers.DepthwiseConv2D(3)])
+    model.compile("sgd", "mse", jit_compile=True)
+    rewrite(model, in_place=True)
+    with caplog.at_level(logging.INFO, logger="absl"):
+        caplog.clear()
+        duplicate = copy_model(model)
+    assert not caplog.messages
+    assert vars(duplicate)["make_train_function"].__self__ is duplicate

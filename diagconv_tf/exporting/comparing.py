@@ -7,8 +7,8 @@ since a logit that happens to be near zero is a sum of large terms, whose roundi
 remain. The scale of a channel therefore is the larger of
 
 - its largest number, and
-- how far it moves when each weight and each input is multiplied by `1 ± tolerance`,
-  at random, divided by the tolerance.
+- how far it moves when each weight and each input is multiplied by a random factor in
+  `1 ± tolerance`, divided by the tolerance.
 
 The latter is backward error analysis: what is computed with roundings is what exact
 arithmetic computes from weights and inputs that are perturbed by a small relative
@@ -25,7 +25,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from diagconv_tf.exporting.keras_run import KerasRun
+from diagconv_tf.exporting.keras_run import KerasRun, perturbed
 from diagconv_tf.exporting.native import counted_depthwise_calls
 from diagconv_tf.exporting.report import ExportError
 from diagconv_tf.exporting.sample_inputs import SampleInputs, sample_inputs
@@ -45,8 +45,8 @@ _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfl
 #: each. Model and file both round, which doubles n.
 TOLERANCES = {"float64": 1e-12, "float32": 1e-4, "float16": 2e-2, "bfloat16": 0.15}
 
-# Several perturbations, because one may leave a channel in place by chance.
-_PERTURBATIONS = 3
+# Draws of the random factors. One may move a channel little by chance.
+_DRAWS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,24 +69,23 @@ class ExpectedOutput:
     leaf: Leaf
     sizes: np.ndarray
 
-    def difference(self, output: np.ndarray, floor: float) -> Difference:
-        """How far `output`, of the same shape, is from the expected values.
+    def difference(self, output: np.ndarray, floor: float) -> tuple[float, float]:
+        """How far `output`, of the same shape, is: absolute, and relative to its scale.
 
         Args:
             output: from the exported file.
             floor: the least scale of a channel, relative to the largest of all.
         """
-        error = np.abs(output.astype("float64") - self.leaf.value.astype("float64"))
+        error = _distance(output, self.leaf.value)
         least = floor * np.max(self.sizes, initial=0.0)
-        relative = 0.0
+        relative: list[float] = []
         for axis in {1, error.ndim - 1} if error.ndim > 1 else {None}:
             others = tuple(i for i in range(error.ndim) if i != axis)
             scales = np.maximum(np.max(self.sizes, axis=others, initial=0.0), least)
             # Where all is zero, what differs is counted as it is.
             quotients = np.max(error, axis=others, initial=0.0) / np.where(scales, scales, 1.0)
-            # `np.maximum` passes NaN on; `max` may lose it.
-            relative = np.maximum(relative, np.max(quotients, initial=0.0))
-        return Difference(float(np.max(error, initial=0.0)), float(relative))
+            relative.append(np.max(quotients, initial=0.0))
+        return np.max(error, initial=0.0), np.max(relative)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,22 +122,33 @@ class Reference:
             ValueError: if `sample` is no batch, or is needed and not given, or the
                 outputs are not finite.
         """
-        inputs = sample_inputs(model, sample, KerasRun(model))[: 2 if has_dynamic_batch else 1]
         run = KerasRun(model)
-        with counted_depthwise_calls(model, rules) as calls:
-            outputs = [_finite_outputs(run, inputs[0].structure)]
-        outputs += [_finite_outputs(run, each.structure) for each in inputs[1:]]
-        dtype = _coarsest_dtype(model, outputs[0])
+        refusal: Exception | None = None
+        for pair in sample_inputs(model, sample):
+            inputs: tuple[SampleInputs, ...] = pair if has_dynamic_batch else pair[:1]
+            try:
+                with counted_depthwise_calls(model, rules) as calls:
+                    outputs = [run(inputs[0].structure)]
+                outputs += [run(each.structure) for each in inputs[1:]]
+                break
+            except Exception as error:  # Its type depends on backend and layer.
+                refusal = error
+        else:
+            assert refusal is not None
+            raise ExportError(
+                "Keras could not run the model; pass inputs that it is made for as `sample`: "
+                f"{summarize_error(refusal, lines=2)}"
+            ) from refusal
+        flat = [leaf.value for of_batch in outputs for leaf in of_batch]
+        if not all(np.isfinite(array.astype("float64")).all() for array in flat):
+            raise ValueError(
+                "Expected finite outputs to compare with. Received: NaN or infinity from Keras; "
+                "pass inputs that the model is made for as `sample`"
+            )
+        dtype = _coarsest_dtype(model, {str(array.dtype) for array in flat})
+        expected = _with_sizes(run, inputs, outputs, TOLERANCES[dtype])
         layers = {placed.path: placed.layer for placed in walk_layers(model)}
-        return cls(
-            inputs,
-            tuple(
-                _with_sizes(run, each.structure, of_batch, TOLERANCES[dtype])
-                for each, of_batch in zip(inputs, outputs, strict=True)
-            ),
-            dtype,
-            tuple(_input_channels(layers[path]) for path in calls),
-        )
+        return cls(inputs, expected, dtype, tuple(_input_channels(layers[path]) for path in calls))
 
     @property
     def tolerance(self) -> float:
@@ -155,24 +165,26 @@ class Reference:
             ExportError: if number or shapes of outputs differ.
         """
         floor = _ROUNDOFF[self.dtype] / self.tolerance
-        pairs = [
-            pair
+        differences = [
+            wanted.difference(array, floor)
             for of_batch, expected in zip(outputs, self.outputs, strict=True)
-            for pair in _matched(of_batch, expected)
+            for array, wanted in _matched(of_batch, expected)
         ]
-        differences = [expected.difference(array, floor) for array, expected in pairs]
         # `np.max` passes NaN on; `max` may lose it.
-        absolute, relative = np.max([dataclasses.astuple(d) for d in differences], axis=0)
-        return Difference(float(absolute), float(relative))
+        return Difference(*map(float, np.max(differences, axis=0)))
 
 
-def _coarsest_dtype(model: keras.Model, outputs: Sequence[Leaf]) -> str:
+def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.abs(one.astype("float64") - other.astype("float64"))
+
+
+def _coarsest_dtype(model: keras.Model, output_dtypes: set[str]) -> str:
     layers = [placed.layer for placed in walk_layers(model)]
     # Inputs compute nothing, and have Keras's default dtype.
     dtypes = {x.compute_dtype for x in layers if not isinstance(x, keras.layers.InputLayer)}
     # JAX computes in float32 where a layer says float64, unless told otherwise.
-    dtypes |= {str(leaf.value.dtype) for leaf in outputs}
-    return max(dtypes & TOLERANCES.keys(), key=lambda dtype: TOLERANCES[dtype], default="float32")
+    known = (dtypes | output_dtypes) & TOLERANCES.keys()
+    return max(known, key=TOLERANCES.__getitem__, default="float32")
 
 
 def _input_channels(layer: keras.layers.Layer) -> int:
@@ -182,34 +194,27 @@ def _input_channels(layer: keras.layers.Layer) -> int:
     return groups * kernel.shape[-2]
 
 
-def _finite_outputs(run: KerasRun, inputs: Any) -> list[Leaf]:
-    try:
-        outputs = run(inputs)
-    except Exception as error:
-        raise ExportError(
-            "Keras could not run the model; are these inputs that it is made for (see `sample`)? "
-            f"{summarize_error(error, lines=2)}"
-        ) from error
-    if not all(np.isfinite(leaf.value.astype("float64")).all() for leaf in outputs):
-        raise ValueError(
-            "Expected finite outputs to compare with. Received: NaN or infinity from Keras; pass "
-            "inputs that the model is made for as `sample`"
-        )
-    return outputs
-
-
 def _with_sizes(
-    run: KerasRun, inputs: Any, outputs: Sequence[Leaf], perturbation: float
-) -> tuple[ExpectedOutput, ...]:
-    sizes = [np.abs(leaf.value.astype("float64")) for leaf in outputs]
-    for seed in range(_PERTURBATIONS):
-        perturbed = run(inputs, perturbation, seed)
-        for size, leaf, moved in zip(sizes, outputs, perturbed, strict=True):
-            movement = np.abs(moved.value.astype("float64") - leaf.value.astype("float64"))
-            # Numbers that are not finite say nothing of their size.
-            movement = np.nan_to_num(movement / perturbation, nan=0.0, posinf=0.0)
-            np.maximum(size, movement, out=size)
-    return tuple(map(ExpectedOutput, outputs, sizes))
+    run: KerasRun,
+    inputs: Sequence[SampleInputs],
+    outputs: Sequence[Sequence[Leaf]],
+    perturbation: float,
+) -> tuple[tuple[ExpectedOutput, ...], ...]:
+    expected = tuple(
+        tuple(ExpectedOutput(leaf, np.abs(leaf.value.astype("float64"))) for leaf in of_batch)
+        for of_batch in outputs
+    )
+    for seed in range(_DRAWS):
+        rng = np.random.default_rng(seed)
+        weights = perturbed(run.weights, perturbation, rng)
+        for each, of_batch in zip(inputs, expected, strict=True):
+            moved = run(perturbed(each.structure, perturbation, rng), weights)
+            for wanted, leaf in zip(of_batch, moved, strict=True):
+                movement = _distance(leaf.value, wanted.leaf.value) / perturbation
+                # Numbers that are not finite say nothing of their size.
+                movement = np.nan_to_num(movement, nan=0.0, posinf=0.0)
+                np.maximum(wanted.sizes, movement, out=wanted.sizes)
+    return expected
 
 
 def _matched(
@@ -226,12 +231,14 @@ def _matched(
         # So PyTorch's exporters flatten what a model returns; inputs, Keras flattens.
         by_insertion=keras.backend.backend() == "torch",
     )
-    matched = [of_path[leaf.path] for leaf in matched]
-    arrays = [np.asarray(array) for _, array in outputs]
-    wanted = [each.sizes.shape for each in matched]
-    received = [array.shape for array in arrays]
+    pairs = [
+        (np.asarray(array), of_path[leaf.path])
+        for (_, array), leaf in zip(outputs, matched, strict=True)
+    ]
+    wanted = [each.sizes.shape for _, each in pairs]
+    received = [array.shape for array, _ in pairs]
     if wanted != received:
         raise ExportError(
             f"Expected outputs of shapes {wanted}. Received: {received} from the exported file"
         )
-    return list(zip(arrays, matched, strict=True))
+    return pairs

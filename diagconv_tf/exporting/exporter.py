@@ -8,7 +8,6 @@ import inspect
 import os
 import pathlib
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from diagconv_tf import distribution, files
+from diagconv_tf import class_swap, distribution, files
 from diagconv_tf.copying import copy_model
 from diagconv_tf.exporting.base import Format
 from diagconv_tf.exporting.comparing import Reference
@@ -30,8 +29,6 @@ from diagconv_tf.rules import DEFAULT_RULES, Rule
 from diagconv_tf.text import summarize_error
 
 FORMATS: tuple[Format, ...] = (SavedModel(), LiteRT(), Onnx())
-
-_one_at_a_time = threading.Lock()
 
 
 def export(
@@ -69,10 +66,9 @@ with `native=True`; sizes of images must be known |
     In half precision SavedModels work, ONNX works for float16 on TensorFlow and
     PyTorch, and LiteRT does not. What does not work raises an `ExportError`.
 
-    One export of a process runs at a time, since writers and checks use switches of
-    the whole process; further threads wait. Other threads may call the model
-    meanwhile. While TensorFlow writes ONNX, `tf.function`s of other threads run
-    eagerly.
+    One export of a process runs at a time; further threads that export or rewrite
+    wait. Other threads may call the model meanwhile. While TensorFlow writes ONNX,
+    `tf.function`s of other threads run eagerly.
 
     Args:
         model: a built Keras model whose `call` takes one argument, which may
@@ -115,19 +111,24 @@ with `native=True`; sizes of images must be known |
     target = _check_path(path, file_format, overwrite)
     _check_requirements(file_format)
 
-    def checked_export(model: keras.Model) -> ExportReport:
-        report = _export(
-            model, target, file_format, native, sample, tolerance, rules=rules, options=options
-        )
-        return dataclasses.replace(report, path=os.fspath(path))
+    def write_checked(model: keras.Model) -> ExportReport:
+        # One for all threads: writers and checks use switches of the whole process.
+        with class_swap.lock:
+            return _write_checked(
+                model, target, file_format, native, sample, tolerance, rules=rules, options=options
+            )
 
     if not distribution.is_distributed(model):
-        return checked_export(model)
-    _check_holds_all(model)
-    return distribution.undistributed(lambda: checked_export(copy_model(model, distributed=False)))
+        report = write_checked(model)
+    else:
+        _check_holds_all(model)
+        report = distribution.undistributed(
+            lambda: write_checked(copy_model(model, distributed=False))
+        )
+    return dataclasses.replace(report, path=os.fspath(path))
 
 
-def _export(
+def _write_checked(
     model: keras.Model,
     target: str,
     file_format: Format,
@@ -139,25 +140,23 @@ def _export(
     options: dict[str, Any],
 ) -> ExportReport:
     """`export` of a model on one device to a path that has been checked."""
-    name = os.path.basename(target)
-    with (
-        _one_at_a_time,
-        tempfile.TemporaryDirectory(
-            prefix=f".{name}.", dir=os.path.dirname(target), ignore_cleanup_errors=True
-        ) as folder,
-    ):
-        reference = Reference.of(model, sample, file_format.has_dynamic_batch, rules)
-        calls = len(reference.depthwise_channels)
-        if not file_format.counts_one_channel:
-            calls -= reference.depthwise_channels.count(1)
+    reference = Reference.of(model, sample, file_format.has_dynamic_batch, rules)
+    tolerance = reference.tolerance if tolerance is None else tolerance
+    calls = len(reference.depthwise_channels)
+    if not file_format.counts_one_channel:
+        calls -= reference.depthwise_channels.count(1)
+    folder, name = os.path.split(target)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{name}.", dir=folder, ignore_cleanup_errors=True
+    ) as aside:
         # Its name is the target's, because some formats write it into the file.
-        written = os.path.join(folder, name)
+        written = os.path.join(aside, name)
         with _active_layers_named(model):
-            _write(file_format, model, written, options, native=native, rules=rules)
-            found = _count_depthwise(file_format, written, calls, native)
+            with native_convolutions(model, rules) if native else contextlib.nullcontext():
+                _write(file_format, model, written, options)
+            found = _count_depthwise(file_format, written, calls if native else 0)
             runtime, outputs = _run(file_format, written, reference)
             difference = reference.difference(outputs)
-            tolerance = reference.tolerance if tolerance is None else tolerance
             # Not `>`: NaN must not pass.
             if not difference.relative <= tolerance:
                 raise ExportError(
@@ -165,8 +164,8 @@ def _export(
                     f"{tolerance:.2g} of the outputs' scale. Received: {difference.relative:.2g} "
                     f"({difference.absolute:.2g} absolute) in {runtime}"
                 )
-        size = _size(written)
-        files.replace(pathlib.Path(target), pathlib.Path(written))
+        size = sum(file.stat().st_size for file in pathlib.Path(aside).rglob("*") if file.is_file())
+        files.replace(target, written)
     return ExportReport(
         path=target,
         format=file_format.name,
@@ -196,29 +195,22 @@ def _check_path(path: str | os.PathLike, file_format: Format, overwrite: bool) -
     """The path to write to: of a link, what it points to."""
     target = os.path.realpath(path)
     suffix = os.path.splitext(target)[1]
-    suffixes = {f.suffix for f in FORMATS if f.suffix} | {".keras", ".h5"}
-    if (file_format.suffix and suffix != file_format.suffix) or (
-        not file_format.suffix and suffix in suffixes
-    ):
-        wanted = f"a file named *{file_format.suffix}" if file_format.suffix else "a folder"
+    is_file = bool(file_format.suffix)
+    not_folders = {f.suffix for f in FORMATS if f.suffix} | {".keras", ".h5"}
+    if suffix != file_format.suffix if is_file else suffix in not_folders:
+        wanted = f"a file named *{file_format.suffix}" if is_file else "a folder"
         raise ValueError(
             f"Expected `path` to be {wanted} for format='{file_format.name}'. "
             f"Received: path={os.fspath(path)!r}"
         )
     files.check_output(target, overwrite)
-    if not os.path.exists(target):
-        return target
-    replaceable = (
-        os.path.isfile(target)
-        if file_format.suffix
-        # Not any folder: a wrong path must not cost somebody's data.
-        else os.path.isfile(os.path.join(target, "saved_model.pb"))
-    )
-    if not replaceable:
-        kind = "file" if file_format.suffix else "SavedModel folder"
+    # Not any folder may be replaced: a wrong path must not cost somebody's data.
+    replaceable = target if is_file else os.path.join(target, "saved_model.pb")
+    if os.path.exists(target) and not os.path.isfile(replaceable):
         raise ValueError(
-            f"Expected `path` to be a {kind}, to be overwritten with format='{file_format.name}'. "
-            f"Received: path={os.fspath(path)!r}, which is something else"
+            f"Expected `path` to be a {'file' if is_file else 'SavedModel folder'}, to be "
+            f"overwritten with format='{file_format.name}'. Received: path={os.fspath(path)!r}, "
+            "which is something else"
         )
     return target
 
@@ -257,8 +249,8 @@ def _active_layers_named(model: keras.Model) -> Iterator[None]:
         active = [
             placed.path
             for placed in walk_layers(model)
-            if "training" in (arguments := inspect.signature(placed.layer.call).parameters)
-            and arguments["training"].default is True
+            if (training := inspect.signature(placed.layer.call).parameters.get("training"))
+            and training.default is True
         ]
         if not active:
             raise
@@ -268,19 +260,8 @@ def _active_layers_named(model: keras.Model) -> Iterator[None]:
         ) from error
 
 
-def _write(
-    file_format: Format,
-    model: keras.Model,
-    path: str,
-    options: dict[str, Any],
-    *,
-    native: bool,
-    rules: Sequence[Rule],
-) -> None:
-    with (
-        native_convolutions(model, rules) if native else contextlib.nullcontext(),
-        warnings.catch_warnings(),
-    ):
+def _write(file_format: Format, model: keras.Model, path: str, options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
         # Converters warn of what may go wrong; whether it did is checked.
         warnings.simplefilter("ignore")
         try:
@@ -292,16 +273,16 @@ def _write(
             ) from error
 
 
-def _count_depthwise(file_format: Format, path: str, calls: int, native: bool) -> int | None:
+def _count_depthwise(file_format: Format, path: str, least: int) -> int | None:
     try:
         found = file_format.count_depthwise(path)
     except Exception as error:
         raise ExportError(
             f"The exported {file_format.name} cannot be read: {summarize_error(error, lines=2)}"
         ) from error
-    if native and found is not None and found < calls:
+    if found is not None and found < least:
         raise ExportError(
-            f"Expected the exported {file_format.name} to run {file_format.depthwise_op} {calls} "
+            f"Expected the exported {file_format.name} to run {file_format.depthwise_op} {least} "
             f"times, once for each depthwise convolution. Received: {found} times; native=False "
             "exports without this check"
         )
@@ -319,13 +300,3 @@ def _run(
         raise ExportError(
             f"The exported {file_format.name} does not run: {summarize_error(error, lines=2)}"
         ) from error
-
-
-def _size(path: str) -> int:
-    if os.path.isfile(path):
-        return os.path.getsize(path)
-    return sum(
-        os.path.getsize(os.path.join(folder, file))
-        for folder, _, names in os.walk(path)
-        for file in names
-    )

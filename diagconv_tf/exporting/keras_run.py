@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -16,17 +16,21 @@ from diagconv_tf.tf32 import tf32_allowed
 class KerasRun:
     """Runs a model for inference with full float32.
 
-    Runs it as a graph, because some ops run only there. A stateless one, so that
-    weights can be replaced without touching the model.
+    Runs it as a graph, because some ops run only there; on TensorFlow as one graph for
+    all batch sizes, as Keras exports it. The function is stateless: weights can be
+    replaced without touching the model.
     """
 
     def __init__(self, model: keras.Model) -> None:
         self._model = model
+        self._call: Callable[..., Any]
+        self.weights = [keras.ops.convert_to_tensor(variable) for variable in model.variables]
         backend = keras.backend.backend()
         if backend == "tensorflow":
             import tensorflow as tf
 
-            self._call = tf.function(self._stateless_call, autograph=False)
+            self._function = tf.function(self._stateless_call, autograph=False)
+            self._call = self._call_tensorflow
         elif backend == "jax":
             import jax
 
@@ -36,23 +40,15 @@ class KerasRun:
 
             self._call = torch.no_grad()(self._stateless_call)
 
-    def __call__(self, inputs: Any, perturbation: float = 0.0, seed: int = 0) -> list[Leaf]:
-        """The outputs.
+    def __call__(self, inputs: Any, weights: Sequence[Any] | None = None) -> list[Leaf]:
+        """The outputs, as NumPy arrays.
 
         Args:
             inputs: a structure of NumPy arrays.
-            perturbation: relative; each float among weights and inputs is larger or
-                smaller by so much.
-            seed: of the signs.
+            weights: in place of `self.weights`.
         """
-        weights = [keras.ops.convert_to_tensor(variable) for variable in self._model.variables]
-        if perturbation:
-            rng = np.random.default_rng(seed)
-            weights, inputs = keras.tree.map_structure(
-                lambda tensor: _perturbed(tensor, perturbation, rng), (weights, inputs)
-            )
         with tf32_allowed(False):
-            outputs = self._call(weights, inputs)
+            outputs = self._call(self.weights if weights is None else weights, inputs)
             return [
                 dataclasses.replace(leaf, value=keras.ops.convert_to_numpy(leaf.value))
                 for leaf in leaves(outputs)
@@ -63,10 +59,24 @@ class KerasRun:
         with keras.StatelessScope(state_mapping=state):
             return self._model(inputs, training=False)
 
+    def _call_tensorflow(self, weights: Sequence[Any], inputs: Any) -> Any:
+        import tensorflow as tf
 
-def _perturbed(tensor: Any, perturbation: float, rng: np.random.Generator) -> Any:
-    if "float" not in str(tensor.dtype):
-        return tensor
-    factors = 1.0 + perturbation * rng.choice((-1.0, 1.0), tuple(tensor.shape))
-    dtype = keras.backend.standardize_dtype(tensor.dtype)
-    return keras.ops.multiply(tensor, keras.ops.convert_to_tensor(factors, dtype))
+        inputs = tf.nest.map_structure(tf.convert_to_tensor, inputs)
+        specs = tf.nest.map_structure(
+            lambda tensor: tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype), inputs
+        )
+        return self._function.get_concrete_function(weights, specs)(weights, inputs)
+
+
+def perturbed(structure: Any, size: float, rng: np.random.Generator) -> Any:
+    """Multiplies each float of each tensor by its own random factor in `1 ± size`."""
+
+    def perturb(tensor: Any) -> Any:
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        if "float" not in dtype:
+            return tensor
+        factors = 1.0 + size * rng.uniform(-1.0, 1.0, tuple(tensor.shape))
+        return keras.ops.multiply(tensor, keras.ops.convert_to_tensor(factors, dtype))
+
+    return keras.tree.map_structure(perturb, structure)

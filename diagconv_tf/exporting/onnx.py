@@ -131,7 +131,7 @@ def _mended_conversion() -> Iterator[None]:
         return mended(*args, **kwargs)
 
     def mended(function: Any, input_signature: Any, *, output_path: str, **arguments: Any) -> None:
-        handlers = {"Erfc": (_convert_erfc, [])}
+        handlers: dict[str, Any] = {"Erfc": (_convert_erfc, [])}
         model, _ = original(function, input_signature, custom_op_handlers=handlers, **arguments)
         captures = function.get_concrete_function(*input_signature).graph.captures
         _bind(model.graph, {inside.name: outside for outside, inside in captures})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -12,9 +12,8 @@ import numpy as np
 from diagconv_tf import tracing
 from diagconv_tf.exporting.tensors import Leaf, leaves
 
-# For images (or sequences) of unknown size, alone and in a batch: the first that
-# the model takes. Strided convolutions pad odd and even sizes differently, which
-# exporters have got wrong.
+# For images (or sequences) of unknown size, alone and in a batch. Strided convolutions
+# pad odd and even sizes differently, which exporters have got wrong.
 _SIZES = ((65, 64), (64, 64), (128, 128), (256, 256), (512, 512))
 
 
@@ -35,28 +34,44 @@ class SampleInputs:
         return len(self.leaves[0].value)
 
 
-def sample_inputs(
-    model: keras.Model, sample: Any, run: Callable[[Any], Any]
-) -> tuple[SampleInputs, SampleInputs]:
-    """Inputs with one example, and with more than one.
+def sample_inputs(model: keras.Model, sample: Any) -> Iterator[tuple[SampleInputs, SampleInputs]]:
+    """Yields pairs of inputs with one example, and with more than one.
+
+    There is one pair. Only where sizes of images are unknown there are several, from
+    small to large: the first that the model takes is meant.
 
     Args:
         model: a built model.
         sample: a batch of inputs; None draws random numbers, always the same.
-        run: calls the model, to find out which sizes it takes.
 
     Raises:
         ValueError: if `sample` is no batch, or is needed and not given.
     """
     declared = tracing.declared_inputs(model)
-    if sample is None:
-        one, several = _synthetic(model, declared, run)
-    else:
-        one, several = _given(_ordered(sample, declared))
-    return _named(one, declared), _named(several, declared)
+    names = {} if declared is None else {leaf.path: leaf.value.name for leaf in leaves(declared)}
+
+    def named(structure: Any) -> SampleInputs:
+        found = leaves(structure)
+        return SampleInputs(
+            structure, tuple(Leaf(leaf.path, names.get(leaf.path), leaf.value) for leaf in found)
+        )
+
+    if sample is not None:
+        one, several = _split(sample if declared is None else _as_declared(sample, declared))
+        yield named(one), named(several)
+        return
+    if declared is None:
+        raise ValueError(
+            f"Expected `sample`, a batch of inputs, for a model that declares no inputs. "
+            f"Received: sample=None for '{model.name}' of class {type(model).__name__}"
+        )
+    is_open = any(None in tensor.shape[1:] for tensor in keras.tree.flatten(declared))
+    for alone, together in _SIZES if is_open else _SIZES[:1]:
+        yield named(_random(declared, 1, alone)), named(_random(declared, 3, together))
 
 
-def _given(sample: Any) -> tuple[Any, Any]:
+def _split(sample: Any) -> tuple[Any, Any]:
+    """One example of a sample, and more than one."""
     sample = keras.tree.map_structure(np.asarray, sample)
     flat = keras.tree.flatten(sample)
     lengths = {len(array) if array.ndim else 0 for array in flat}
@@ -70,10 +85,8 @@ def _given(sample: Any) -> tuple[Any, Any]:
     return keras.tree.map_structure(lambda a: a[:1], sample), sample
 
 
-def _ordered(sample: Any, declared: Any) -> Any:
+def _as_declared(sample: Any, declared: Any) -> Any:
     """`sample` in the structure that the model declares: Keras takes others, files do not."""
-    if declared is None:
-        return sample
     wanted, given = leaves(declared), leaves(sample)
     by_path = {leaf.path: leaf.value for leaf in given}
     # As in Keras, a dict may hold more than the model takes.
@@ -92,52 +105,21 @@ def _ordered(sample: Any, declared: Any) -> Any:
     return keras.tree.map_structure(lambda tensor: values[id(tensor)], declared)
 
 
-def _named(structure: Any, declared: Any) -> SampleInputs:
-    names = {} if declared is None else {leaf.path: leaf.value.name for leaf in leaves(declared)}
-    return SampleInputs(
-        structure,
-        tuple(Leaf(leaf.path, names.get(leaf.path), leaf.value) for leaf in leaves(structure)),
-    )
+def _random(declared: Any, count: int, size: int) -> Any:
+    """Random numbers for each declared input; `size` stands for each unknown one."""
+    rng = np.random.default_rng(0)
 
-
-def _synthetic(model: keras.Model, declared: Any, run: Callable[[Any], Any]) -> tuple[Any, Any]:
-    if declared is None:
+    def draw(tensor: keras.KerasTensor) -> np.ndarray:
+        shape = [count, *(size if n is None else n for n in tensor.shape[1:])]
+        if tensor.dtype == "bool" or "int" in tensor.dtype:
+            # An index must fit a table of unknown length; an image of bytes is fine.
+            end = 256 if tensor.dtype == "uint8" else 2
+            return rng.integers(0, end, shape).astype(tensor.dtype)
+        if tensor.dtype in ("float16", "float32", "float64"):
+            return rng.normal(size=shape).astype(tensor.dtype)
         raise ValueError(
-            f"Expected `sample`, a batch of inputs, for a model that declares no inputs. "
-            f"Received: sample=None for '{model.name}' of class {type(model).__name__}"
+            f"Expected `sample`, a batch of inputs: no numbers can be drawn for the dtype "
+            f"{tensor.dtype}. Received: sample=None for the input '{tensor.name}'"
         )
 
-    def draw(count: int, size: int | None) -> Any:
-        rng = np.random.default_rng(0)
-        return keras.tree.map_structure(lambda t: _random(t, count, size, rng), declared)
-
-    if not any(None in tensor.shape[1:] for tensor in keras.tree.flatten(declared)):
-        return draw(1, None), draw(3, None)
-    error = None
-    for alone, together in _SIZES:
-        one = draw(1, alone)
-        try:
-            run(one)
-            return one, draw(3, together)
-        except Exception as refusal:  # Its type depends on backend and layer.
-            error = refusal
-    raise ValueError(
-        "Expected `sample`, a batch of inputs: the model takes none of the sizes "
-        f"{sorted(set(sum(_SIZES, ())))}. Received: sample=None for '{model.name}', whose inputs "
-        "have unknown sizes"
-    ) from error
-
-
-def _random(
-    tensor: keras.KerasTensor, count: int, size: int | None, rng: np.random.Generator
-) -> np.ndarray:
-    shape = [count, *(size if n is None else n for n in tensor.shape[1:])]
-    if tensor.dtype == "bool" or "int" in tensor.dtype:
-        # An index must fit a table of unknown length; an image of bytes is fine.
-        return rng.integers(0, 256 if tensor.dtype == "uint8" else 2, shape).astype(tensor.dtype)
-    if tensor.dtype in ("float16", "float32", "float64"):
-        return rng.normal(size=shape).astype(tensor.dtype)
-    raise ValueError(
-        f"Expected `sample`, a batch of inputs: no numbers can be drawn for the dtype "
-        f"{tensor.dtype}. Received: sample=None for the input '{tensor.name}'"
-    )
+    return keras.tree.map_structure(draw, declared)

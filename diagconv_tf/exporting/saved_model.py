@@ -59,9 +59,9 @@ class SavedModel(Format):
             tensors = keras.tree.map_structure(tf.convert_to_tensor, inputs.structure)
             # TensorFlow runs the file, whatever Keras's backend is.
             with tf32_allowed(False, "tensorflow"):
-                return [
-                    (leaf.name, np.asarray(leaf.value)) for leaf in leaves(loaded.serve(tensors))
-                ]
+                outputs = leaves(loaded.serve(tensors))
+                # TensorFlow has no signature, and so no file, of unnamed outputs.
+                return [(leaf.name or "", np.asarray(leaf.value)) for leaf in outputs]
 
         return run, f"tensorflow {tf.__version__}"
 

@@ -13,21 +13,18 @@ from typing import Any
 
 from diagconv_tf.exporting.report import ExportError
 
-#: Keys of dicts and indices of lists, from the outside in.
-Path = tuple[Any, ...]
-
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One tensor in a structure of dicts, lists and tuples.
 
     Attributes:
-        path: where it stands.
+        path: keys of dicts and indices of lists, from the outside in.
         name: how the signature of a file calls it; None where that is not known.
         value: the tensor.
     """
 
-    path: Path
+    path: tuple[Any, ...]
     name: str | None
     value: Any
 
@@ -39,13 +36,12 @@ def leaves(structure: Any) -> list[Leaf]:
     of a named tuple, else `output_0`, `output_1`, …. TensorFlow has no signatures
     for deeper structures, and so these have no names.
     """
+    names: dict[tuple[Any, ...], str] = {(): "output_0"}
     if isinstance(structure, Mapping):
         names = {(key,): key for key in structure}
     elif isinstance(structure, tuple | list):
-        fields = getattr(structure, "_fields", None)
-        names = {(i,): fields[i] if fields else f"output_{i}" for i in range(len(structure))}
-    else:
-        names = {(): "output_0"}
+        fields = getattr(structure, "_fields", [f"output_{i}" for i in range(len(structure))])
+        names = {(i,): field for i, field in enumerate(fields)}
     return [Leaf(path, names.get(path), value) for path, value in _walk(structure, ())]
 
 
@@ -71,7 +67,8 @@ def match(
     return list(candidates) if by_insertion else sorted(candidates, key=lambda leaf: leaf.path)
 
 
-def _walk(structure: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+def _walk(structure: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    items: Any
     if isinstance(structure, Mapping):
         items = structure.items()
     elif isinstance(structure, tuple | list):

@@ -143,7 +143,7 @@ def test_a_restored_file_loads_where_the_package_is_not(run, folder, tmp_path):
 )
 def test_export(run, tmp_path, name, format):
     pytest.importorskip({"litert": "ai_edge_litert", "onnx": "tf2onnx"}.get(format, "tensorflow"))
-    assert run("rewrite model.keras @/fast.keras")[0] == 0
+    assert run("rewrite model.keras @/fast.keras --lowering=dense")[0] == 0
     code, out, _ = run(f"export @/fast.keras @/{name} --format={format} --json")
     assert code == 0
     assert json.loads(out)["depthwise_found"] == 2

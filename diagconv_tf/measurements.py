@@ -1,4 +1,4 @@
-"""What `tune` has measured, as values that a plan and a cache keep, and how two compare."""
+"""Times that `tune` has measured, as plans and the cache keep them, and their comparison."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class Ratio:
 def paired_ratio(
     samples: tuple[float, ...], reference: tuple[float, ...], error_rate: float
 ) -> Ratio:
-    """Compares two variants round by round, whatever slows whole rounds.
+    """Compares two variants round by round, so that noise of a whole round cancels.
 
     The ratios' logarithms are compared by Wilcoxon's signed-rank test, in the
     form of its confidence interval: estimate and ends are order statistics of

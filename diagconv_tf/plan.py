@@ -39,7 +39,7 @@ class Plan:
             Keras's own. A spec fits a layer whatever the batch; where a layer
             leaves its height or width open, any fits.
         overrides: layer path → the same; they take precedence over `lowerings`.
-        reason: why these choices, in a sentence; empty in plans made by hand.
+        reason: why these choices, in a sentence; empty in plans written by hand.
         batch_size: images in a batch, of all replicas together; one replica's
             part was measured.
         workloads: the distinct workloads and their layers, with what `tune`
@@ -79,7 +79,7 @@ class Plan:
         )
 
     def lowering_for(self, row: ConvolutionRow) -> LoweringLike | None:
-        """The lowering of a layer; None where the plan says nothing of it.
+        """The lowering of a layer; None where the plan does not name it.
 
         Raises:
             ValueError: if the layer's sizes are open and the plan has several
@@ -142,7 +142,7 @@ class Plan:
                     for entry in fields["lowerings"]
                 },
                 overrides=fields["overrides"],
-                # Plans made by hand have no measurements.
+                # Plans written by hand have no measurements.
                 reason=fields.get("reason", ""),
                 batch_size=fields.get("batch_size"),
                 workloads=tuple(map(WorkloadMeasurements.from_dict, workloads)),

@@ -139,7 +139,7 @@ class StepTimer(keras.callbacks.Callback):
         tensorboard_dir: str | os.PathLike | None = None,
         batch_size: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
-    ):
+    ) -> None:
         super().__init__()
         check_whole_number("warmup", warmup, least=0)
         if batch_size is not None:
@@ -196,24 +196,24 @@ class StepTimer(keras.callbacks.Callback):
         """What was found so far, over all epochs."""
         return self._summarize(self._all)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         self._reset()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch = _Samples()
-        self._waiting = None
-        self._last_end = None
+        self._waiting: _Sample | None = None
+        self._last_end: float | None = None
         self._count_images = _image_counter(keras_internals.callback_model(self))
         counter = self._count_images
         self._images_before = counter.at_epoch_begin() if counter is not None else 0.0
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         # Work that other callbacks left running is no part of the step.
         synchronize()
         self._first_batch = batch
         self._begin = self._clock()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         # Keras has read the logs by now, but the weights may still be updated.
         # `self.model` would make JAX write its state back on every step.
         model = keras_internals.callback_model(self)
@@ -226,25 +226,25 @@ class StepTimer(keras.callbacks.Callback):
         # Read again: the work above is no part of the time between steps.
         self._last_end = self._clock()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         summary = self._summarize(self._epoch)
         self._log({"event": "epoch", "epoch": epoch, **dataclasses.asdict(summary)})
         self._write_scalars(epoch, summary)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Any = None) -> None:
         self._log({"event": "end", **dataclasses.asdict(self.summary())})
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def _reset(self):
+    def _reset(self) -> None:
         self._all = _Samples()
         self._first_step_seconds = None
         self._steps_before = 0
-        self._shapes_seen = set()
+        self._shapes_seen: set[tuple[int, float | None]] = set()
         self._full_batch = 0.0
 
-    def _sample(self, seconds, announced):
+    def _sample(self, seconds: float, announced: int) -> _Sample:
         """What an execution of `announced` steps, or fewer, tells."""
         images = self._images_since()
         shape = (announced, images)
@@ -256,8 +256,8 @@ class StepTimer(keras.callbacks.Callback):
         self._shapes_seen.add(shape)
         self._steps_before += announced
         counted = images is not None
-        steps = announced
-        if counted:
+        steps: int | None = announced
+        if images is not None:
             self._full_batch = max(self._full_batch, images / announced)
             steps = _full_steps(images, self._full_batch)
         elif self.batch_size is not None:
@@ -271,24 +271,25 @@ class StepTimer(keras.callbacks.Callback):
             is_sure=counted,
         )
 
-    def _images_since(self):
+    def _images_since(self) -> float | None:
         if self._count_images is None:
             return None
         now = self._count_images.now()
         images, self._images_before = now - self._images_before, now
         return images if images > 0 else None  # Another callback reset it.
 
-    def _keep(self, sample):
-        if not sample.is_sure:
+    def _keep(self, latest: _Sample) -> None:
+        sample: _Sample | None = latest
+        if not latest.is_sure:
             # Its batch may be the smaller last one of the epoch: it is kept
             # when another one has followed.
-            sample, self._waiting = self._waiting, sample
+            sample, self._waiting = self._waiting, latest
         for samples in (self._all, self._epoch):
             samples.executions += 1
             if sample is not None and sample.is_warm:
                 samples.add(sample)
 
-    def _summarize(self, samples):
+    def _summarize(self, samples: _Samples) -> StepSummary:
         backend = keras.backend.backend()
         return StepSummary(
             backend=backend,
@@ -305,7 +306,7 @@ class StepTimer(keras.callbacks.Callback):
             step_includes_input=backend in ("tensorflow", "jax"),
         )
 
-    def _log(self, entry):
+    def _log(self, entry: dict[str, Any]) -> None:
         if self.log_path is None:
             return
         try:
@@ -314,7 +315,7 @@ class StepTimer(keras.callbacks.Callback):
             # Hours of training are worth more than a line of its log.
             warnings.warn(f"`StepTimer` could not write {self.log_path}: {error}", stacklevel=2)
 
-    def _write_scalars(self, epoch, summary):
+    def _write_scalars(self, epoch: int, summary: StepSummary) -> None:
         if self.tensorboard_dir is None:
             return
         import tensorflow as tf
@@ -345,7 +346,7 @@ class _Sample(NamedTuple):
 class _Samples:
     """The samples of an epoch or of all; arrays, because trainings are long."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.executions = 0
         self.steps = array.array("d")
         self.rates = array.array("d")
@@ -382,7 +383,7 @@ class _ImageCounter:
         return float(keras.ops.convert_to_numpy(self.count))
 
 
-def _image_counter(model) -> _ImageCounter | None:
+def _image_counter(model: Any) -> _ImageCounter | None:
     """A counter of the images that this epoch has had so far.
 
     It reads the weight of Keras's mean loss: Keras's own `train_step` weighs the
@@ -413,7 +414,7 @@ def _full_steps(images: float, full_batch: float) -> int | None:
 def _check_folder(name: str, path: str, folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
-        # Permission bits say nothing of quotas, or to root: try it.
+        # Permission bits do not tell of quotas, and root ignores them: so a file is written.
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\n")
     except OSError as error:

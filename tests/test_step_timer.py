@@ -219,7 +219,7 @@ def test_interrupted_write_leaves_whole_lines_and_training_goes_on(tmp_path, mon
 @pytest.mark.parametrize("argument", ["log_path", "tensorboard_dir"])
 def test_folder_that_cannot_be_written_fails_at_once(tmp_path, argument):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=f"`{argument}` must lie.*Received"):
+    with pytest.raises(ValueError, match=f"`{argument}` to lie.*Received"):
         StepTimer(**{argument: tmp_path / "file" / "below"})
 
 

@@ -1,11 +1,11 @@
 """Measurements on disk, so that nothing is measured twice.
 
-One small JSON file for each contest: what was measured together, in the same rounds.
-A contest is kept whole and read whole. So times are only compared that were measured
-side by side, and another candidate means another contest. The file's name is a hash
-of all that the times depend on, which the file also holds in words. Files are written
-aside and renamed: any number of processes may share a folder. Whatever is wrong with
-the folder or a file costs one warning and the time to measure again.
+A contest is what was measured together, in the same rounds; each has one small JSON
+file, which is written and read whole. So only times that were measured side by side are
+compared, and another candidate means another contest. The file's name is a hash of all
+that the times depend on, which the file also holds in words. Files are written aside and
+renamed: any number of processes may share a folder. An unusable folder or file costs one
+warning and a new measurement.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diagconv_tf import files
 from diagconv_tf.measurements import Measured
 from diagconv_tf.text import to_readable_json
 
-#: Names the folder where the argument does not.
+#: Environment variable that names the folder if the argument does not.
 ENVIRONMENT_VARIABLE = "DIAGCONV_CACHE_DIR"
 
 _FORMAT = 2
@@ -104,7 +104,7 @@ class Cache:
             self._warn("written", path, error)
 
     def entries(self) -> Iterator[CacheEntry]:
-        """Everything that can be read, in the order of the files' names."""
+        """Yields all entries that can be read, in the order of their file names."""
         for path in self._files():
             try:
                 yield _read(path)
@@ -115,7 +115,7 @@ class Cache:
         """Removes all entries, readable or not.
 
         Returns:
-            The number of entries there were.
+            The number of removed entries.
 
         Raises:
             OSError: if one cannot be removed.

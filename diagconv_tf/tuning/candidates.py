@@ -13,15 +13,15 @@ from diagconv_tf.tuning.workloads import LayersOfWorkload, Workload
 #: Layer path → lowering; a layer that is not named is stock.
 Variant = Mapping[str, LoweringLike]
 
-#: Kernel taps times input channels of a group. `"shifted"` makes a product for
-#: each: a compiler fuses them into one loop, and takes time for each of them.
+#: Kernel taps times input channels of a group. `"shifted"` computes a product
+#: for each: a compiler fuses them into one loop, and takes time for each of them.
 MOST_SHIFTS_COMPILED = 64
 #: Without a compiler each product is a pass through memory. (Measured on a CPU: with
 #: 3x3 kernels a whole training step takes 1.4 times as long as with the framework's op.)
 MOST_SHIFTS_UNCOMPILED = 25
 
-#: `"dense"` does as many times the multiplications as there are channels. It is
-#: measured up to so many.
+#: `"dense"` multiplies as many times more often as there are channels. It is measured
+#: up to this number of channels.
 MOST_DENSE_CHANNELS = 128
 
 #: On GPUs the kernel gradient is where the frameworks' own op loses most

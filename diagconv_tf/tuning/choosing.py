@@ -1,4 +1,4 @@
-"""What measured times speak for: decisions without a clock."""
+"""Chooses by measured times; runs nothing."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from diagconv_tf.lowerings import LoweringLike, parse
 from diagconv_tf.measurements import Measured, Ratio, ratios_to_stock
 from diagconv_tf.spec import PASSES, STOCK
 
-#: A first step (or compilation) may take so many times stock's without further conditions.
+#: A first step (or compilation) that takes up to this many times stock's is not counted.
 MOST_FIRST_STEPS = 3.0
 
-#: What takes longer to compile must have paid it back after so many steps.
+#: A longer compilation must be paid back within this many steps.
 PAY_BACK_STEPS = 1000
 
 #: A gain of less than this share of stock's time is not worth a rewritten model.
@@ -117,8 +117,8 @@ def _cost(candidate: Measured, stock: Measured, ratio: float | None = None) -> f
     """Seconds of a call, with what its compilation has to pay back.
 
     Where compiling takes more than `MOST_FIRST_STEPS` times as long as it does
-    for stock, the difference is divided by `PAY_BACK_STEPS`. So whatever is
-    cheaper than stock has paid it back by then.
+    for stock, the difference is divided by `PAY_BACK_STEPS`. So a
+    candidate that costs less than stock has paid it back by then.
 
     Args:
         candidate: its times.

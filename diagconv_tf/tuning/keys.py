@@ -69,7 +69,6 @@ def of_contest(
         "training": fingerprint(_plain(training)),
         "data": [[np.shape(v), str(getattr(v, "dtype", ""))] for v in keras.tree.flatten(data)],
         "batch_size": inspection.batch_size,
-        "precision": model.dtype_policy.name,
         "variants": {
             name: fingerprint([variant.get(row.path) for row in rows])
             for name, variant in variants.items()

@@ -154,6 +154,7 @@ def tune(
             model=model,
             data=data,
             inspection=inspection,
+            rules=rules,
             conditions=Conditions.current(compiled, replicas.num_replicas),
             cache=Cache(cache_dir, refresh),
             clock=clock,
@@ -230,6 +231,7 @@ class _Tuner:
     model: keras.Model
     data: Any
     inspection: Inspection
+    rules: Sequence[Rule]
     conditions: Conditions
     cache: Cache
     clock: Callable[[], float]
@@ -241,10 +243,7 @@ class _Tuner:
         if not groups:
             return Plan(self.conditions, reason="No convolution with groups can be rewritten.")
         variants = {STOCK: {}, **candidates.contest_variants(groups, self.conditions)}
-        workloads = tuple(
-            WorkloadMeasurements(group.workload.spec, group.workload.stock_op, group.paths)
-            for group in groups
-        )
+        workloads = tuple(group.unmeasured for group in groups)
         with _progress(len(variants) + 2 + per_layer * len(groups)) as report:
             if per_layer:
                 workloads = tuple(self._measure_alone(group, report) for group in groups)
@@ -270,7 +269,7 @@ class _Tuner:
         # Two classes of layers may have equal specs, and with open sizes several specs fit.
         overrides = {
             row.path: wanted[row.path]
-            for row in inspect_as_built(self.model).rows
+            for row in inspect_as_built(self.model, self.rules).rows
             if row.path in wanted and not _says(plan, row, wanted[row.path])
         }
         return dataclasses.replace(plan, overrides=overrides)
@@ -278,7 +277,6 @@ class _Tuner:
     def _measure_alone(self, group: LayersOfWorkload, report: Report) -> WorkloadMeasurements:
         """A workload, with its times if the budget allows."""
         workload = group.workload
-        measurements = WorkloadMeasurements(workload.spec, workload.stock_op, group.paths)
         report(group.paths[0])
         names = candidates.layer_candidates(workload, self.conditions)
         key = keys.of_workload(workload, names, self.conditions)
@@ -286,7 +284,9 @@ class _Tuner:
         if not known:
             _ = self._contest  # A model that cannot be trained is refused at once.
             if self._seconds_left() <= 0:
-                return dataclasses.replace(measurements, reason="not measured: no time was left")
+                return dataclasses.replace(
+                    group.unmeasured, reason="not measured: no time was left"
+                )
             found = measure_alone(workload, names, self.conditions, self.clock)
             known = {f"{p}/{n}": measured for p in PASSES for n, measured in found[p].items()}
             self._keep(key, known)
@@ -295,7 +295,7 @@ class _Tuner:
         }
         choice = choosing.choose_lowering(passes, workload.native_is_stock)
         return dataclasses.replace(
-            measurements, passes=passes, choice=choice.name, reason=choice.reason
+            group.unmeasured, passes=passes, choice=choice.name, reason=choice.reason
         )
 
     @functools.cached_property
@@ -388,14 +388,7 @@ def _says(plan: Plan, row: ConvolutionRow, wanted: LoweringLike) -> bool:
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Report]:
-    """Shows progress, with the time left, on standard error; nothing without a terminal.
-
-    Args:
-        total: number of steps of the work.
-
-    Yields:
-        A function that says what begins now.
-    """
+    """Shows progress over `total` steps on standard error; nothing without a terminal."""
     console = Console(stderr=True)
     columns = (
         "tuning {task.description}",

@@ -8,6 +8,7 @@ from typing import Literal
 import keras
 
 from diagconv_tf.inspection import ConvolutionRow, Inspection
+from diagconv_tf.measurements import WorkloadMeasurements
 from diagconv_tf.spec import ConvSpec
 
 
@@ -51,6 +52,11 @@ class LayersOfWorkload:
     @property
     def paths(self) -> tuple[str, ...]:
         return tuple(row.path for row in self.rows)
+
+    @property
+    def unmeasured(self) -> WorkloadMeasurements:
+        """What a plan says of it before any measurement."""
+        return WorkloadMeasurements(self.workload.spec, self.workload.stock_op, self.paths)
 
     @property
     def flops(self) -> int:

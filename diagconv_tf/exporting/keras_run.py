@@ -77,6 +77,8 @@ def perturbed(structure: Any, size: float, rng: np.random.Generator) -> Any:
         if "float" not in dtype:
             return tensor
         factors = 1.0 + size * rng.uniform(-1.0, 1.0, tuple(tensor.shape))
+        if isinstance(tensor, np.ndarray):  # Layers take no mixture of arrays and tensors.
+            return (tensor * factors).astype(tensor.dtype)
         return keras.ops.multiply(tensor, keras.ops.convert_to_tensor(factors, dtype))
 
     return keras.tree.map_structure(perturb, structure)

@@ -71,75 +71,40 @@ _ON_GPU = (
 
 _TABLE = (
     _Row(
-        "tensorflow",
-        "cpu",
-        True,
-        "depthwise_conv",
-        "shifted",
-        "measured",
+        "tensorflow", "cpu", True, "depthwise_conv", "shifted", "measured",
         "0.15, 0.13, 0.13 of stock's step for MobileNetV1, MobileNetV2, EfficientNetB0 "
         "(training_tensorflow_xla_cpu.json)",
     ),
     _Row(
-        "tensorflow",
-        "cpu",
-        True,
-        "conv",
-        "shifted",
-        "measured",
+        "tensorflow", "cpu", True, "conv", "shifted", "measured",
         "0.21 of stock's step for ConvNeXtTiny (training_tensorflow_xla_convnext_cpu.json)",
     ),
     _Row(
-        "tensorflow",
-        "cpu",
-        False,
-        "depthwise_conv",
-        STOCK,
-        "measured",
+        "tensorflow", "cpu", False, "depthwise_conv", STOCK, "measured",
         "1.31 of stock's step with diagonal:32, 1.94 with shifted for MobileNetV1 "
         "(training_tensorflow_graph_cpu.json)",
     ),
     _Row(
-        "tensorflow",
-        "cpu",
-        False,
-        "conv",
-        "native",
-        "measured",
+        "tensorflow", "cpu", False, "conv", "native", "measured",
         "0.17 of stock's step for ConvNeXtTiny (plan_tensorflow_graph_convnexttiny_cpu.json)",
     ),
     _Row(
-        "jax",
-        "cpu",
-        True,
-        "depthwise_conv",
-        "shifted",
-        "measured",
+        "jax", "cpu", True, "depthwise_conv", "shifted", "measured",
         "0.21, 0.18, 0.19, 0.33 of stock's step for MobileNetV1, MobileNetV2, EfficientNetB0, "
         "Xception (training_jax_cpu.json, training_jax_large_cpu.json)",
     ),
     _Row(
-        "jax",
-        "cpu",
-        True,
-        "conv",
-        "shifted",
-        "measured",
+        "jax", "cpu", True, "conv", "shifted", "measured",
         "0.31 of stock's step for ConvNeXtTiny (training_jax_large_cpu.json)",
     ),
     _Row(
-        "torch",
-        "cpu",
-        False,
-        None,
-        STOCK,
-        "measured",
+        "torch", "cpu", False, None, STOCK, "measured",
         "1.55 of stock's step with diagonal:32, 1.37 with shifted for MobileNetV1 "
         "(training_torch_cpu.json); Keras runs one op for both kinds of layers",
     ),
     _Row("tensorflow", "gpu", True, None, STOCK, "predicted", _ON_GPU),
     _Row("jax", "gpu", True, None, STOCK, "predicted", _ON_GPU),
-)
+)  # fmt: skip
 
 
 def choose(spec: ConvSpec, conditions: Conditions, stock_op: StockOp | None = None) -> Choice:
@@ -229,20 +194,13 @@ def _not_measured(spec: ConvSpec) -> str | None:
 
 def _table_text() -> str:
     """The decision table in Markdown."""
-    rows = [
-        (
-            row.backend,
-            row.device_kind,
-            "yes" if row.compiled else "no",
-            row.stock_op or "any",
-            row.lowering,
-            row.basis,
-            row.evidence,
-        )
-        for row in _TABLE
+    rows = [dataclasses.astuple(row) for row in _TABLE]
+    cells = [
+        (backend, device, "yes" if compiled else "no", stock_op or "any", *rest)
+        for backend, device, compiled, stock_op, *rest in rows
     ]
     head = ("backend", "device", "compiled", "stock op", "lowering", "basis", "evidence")
-    return "\n    ".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+    return "\n    ".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *cells))
 
 
 if choose.__doc__:  # Python -OO has none.

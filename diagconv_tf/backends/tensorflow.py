@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import math
 from collections.abc import Callable
@@ -14,6 +15,11 @@ from diagconv_tf.spec import ConvSpec
 
 if TYPE_CHECKING:
     from diagconv_tf.backends import Passes
+
+
+#: Whether this thread traces graphs of which nobody takes gradients, as for export. What
+#: guards the gradients of empty batches is left out: converters do not know its branches.
+is_for_inference = contextvars.ContextVar("is_for_inference", default=False)
 
 
 def default_device() -> tuple[str, str]:
@@ -189,7 +195,9 @@ def _traced_once(passes: Passes, name: str, *arguments: Any) -> Any:
 
 def _number_of_images(inputs: Any) -> Any:
     """A scalar tensor where `inputs` may be an empty batch on a CPU; None elsewhere."""
-    if inputs.shape[0] or default_device()[0] != "cpu" or is_compiled_for_cpu():
+    if is_for_inference.get() or inputs.shape[0]:
+        return None
+    if default_device()[0] != "cpu" or is_compiled_for_cpu():
         return None
     return tf.shape(inputs)[0]
 

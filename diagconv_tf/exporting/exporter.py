@@ -152,7 +152,10 @@ def _write_checked(
         # Its name is the target's, because some formats write it into the file.
         written = os.path.join(aside, name)
         with _active_layers_named(model):
-            with native_convolutions(model, rules) if native else contextlib.nullcontext():
+            with (
+                native_convolutions(model, rules) if native else contextlib.nullcontext(),
+                _for_inference(),
+            ):
                 _write(file_format, model, written, options)
             found = _count_depthwise(file_format, written, calls if native else 0)
             runtime, outputs = _run(file_format, written, reference)
@@ -258,6 +261,21 @@ def _active_layers_named(model: keras.Model) -> Iterator[None]:
             f"{error}; these layers act as in training unless `training=False` is passed, which "
             f"Keras's export does not do: {', '.join(active)}. Export a model without them"
         ) from error
+
+
+@contextlib.contextmanager
+def _for_inference() -> Iterator[None]:
+    """Leaves out of TensorFlow's graphs what only gradients need."""
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    from diagconv_tf.backends.tensorflow import is_for_inference
+
+    token = is_for_inference.set(True)
+    try:
+        yield
+    finally:
+        is_for_inference.reset(token)
 
 
 def _write(file_format: Format, model: keras.Model, path: str, options: dict[str, Any]) -> None:

@@ -73,10 +73,12 @@ def perturbed(structure: Any, size: float, rng: np.random.Generator) -> Any:
     """Multiplies each float of each tensor by its own random factor in `1 ± size`."""
 
     def perturb(tensor: Any) -> Any:
-        dtype = keras.backend.standardize_dtype(tensor.dtype)
-        if "float" not in dtype:
+        if "float" not in str(tensor.dtype):
             return tensor
         factors = 1.0 + size * rng.uniform(-1.0, 1.0, tuple(tensor.shape))
+        if isinstance(tensor, np.ndarray):  # Layers take no mixture of arrays and tensors.
+            return (tensor * factors).astype(tensor.dtype)
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
         return keras.ops.multiply(tensor, keras.ops.convert_to_tensor(factors, dtype))
 
     return keras.tree.map_structure(perturb, structure)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -270,16 +269,9 @@ _IN_XLA = PrivateName(
 _JAX_TRACER = PrivateName(
     "jax.core",
     "Tracer",
-    "tell whether a program is traced that JAX will divide among devices",
+    "tell whether JAX is tracing a program that it may shard",
     "Stock layers work",
     backends=("jax",),
-)
-_GRADIENT_REGISTRY = PrivateName(
-    "tensorflow.python.framework.ops",
-    "gradient_registry",
-    "free the graphs of models that are gone",
-    'Lowerings "native" and "diagonal" for all passes work',
-    backends=("tensorflow",),
 )
 _DETERMINISM = PrivateName(
     "tensorflow.python.framework.config",
@@ -600,26 +592,6 @@ def is_traced_for_xla(graph: Any) -> bool:
 def is_traced_by_jax(value: Any) -> bool:
     """Whether `value` stands for an array in a program that JAX is tracing."""
     return isinstance(value, _JAX_TRACER.of_module())
-
-
-def forget_gradient_with_graph(tensor: Any) -> None:
-    """Frees what `tf.custom_gradient` keeps for `tensor` when its graph is gone.
-
-    TensorFlow registers every custom gradient of a graph by name, and for good, with
-    the tensors, and so the graph, that the gradient is made of.
-
-    Args:
-        tensor: a graph's tensor, as a `tf.custom_gradient` function returned it.
-    """
-    registry = _GRADIENT_REGISTRY.of_module()._registry
-    name = tensor.op.get_attr("_gradient_op_type").decode()
-    gradient = registry[name]["type"]
-    # The graph keeps the gradient, and the registry finds it there.
-    graph = tensor.graph
-    graph._diagconv_tf_gradients = (*getattr(graph, "_diagconv_tf_gradients", ()), gradient)
-    kept = weakref.ref(gradient)
-    registry[name]["type"] = lambda *arguments: kept()(*arguments)
-    weakref.finalize(graph, registry.pop, name, None)
 
 
 def is_tensorflow_deterministic() -> bool:

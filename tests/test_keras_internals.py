@@ -105,6 +105,18 @@ def container(model):
     return tf.__internal__.tracking.wrap({"key": 1})
 
 
+def tf_function(model):
+    import tensorflow as tf
+
+    return tf.function(lambda: 0)
+
+
+def clone_tf_function(model, deleted):
+    mine = tf_function(model)
+    with deleted(mine):
+        keras_internals.with_other_function(mine, lambda: 1)
+
+
 def run_step(model, deleted):
     TrainingSteps(model, X, Y).run()
 
@@ -197,6 +209,16 @@ ROWS: dict[str, Row] = {
     "keras.Function()._nodes_by_depth": Row(itself, copy),
     "keras.Function()._nodes": Row(itself, copy),
     "keras.optimizers.Optimizer._var_key": Row(optimizer, copy),
+    "keras.src.trainers.compile_utils.CompileLoss": Row(
+        None, lambda *_: keras_internals.compile_loss_class()
+    ),
+    "tensorflow.function()._clone": Row(tf_function, clone_tf_function, deletes=True),
+    "keras.src.backend.common.global_state.GLOBAL_STATE_TRACKER": Row(
+        None, lambda *_: keras_internals.global_state()
+    ),
+    "tensorflow.python.framework.config.is_op_determinism_enabled": Row(
+        None, lambda *_: keras_internals.is_tensorflow_deterministic()
+    ),
     "keras.Layer()._path": Row(
         depthwise, lambda m, _: keras_internals.set_layer_path(depthwise(m), "path")
     ),

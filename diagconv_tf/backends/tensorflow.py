@@ -78,7 +78,7 @@ def with_images(
         return function(inputs, *others)
 
     def without_images() -> Any:
-        # The sum of no elements of each operand, whose gradients are so zero, not None.
+        # Depends on every operand, so that their gradients are zero and not None.
         nothing = tf.add_n([tf.reduce_sum(operand[:0]) for operand in (inputs, *others)])
         return tf.zeros(empty_shape(), inputs.dtype) + nothing
 
@@ -158,8 +158,10 @@ class _RegisteredGradient:
     @classmethod
     def take(cls, passes: Passes, pass_name: Pass) -> _RegisteredGradient:
         """One that no living graph uses."""
-        free = cls._free.setdefault((passes, pass_name), [])
-        return free.pop() if free else cls(passes, pass_name)
+        try:
+            return cls._free.setdefault((passes, pass_name), []).pop()
+        except IndexError:  # A check before could race with another thread.
+            return cls(passes, pass_name)
 
     def give_back(self) -> None:
         self._free[self._passes, self._pass_name].append(self)
@@ -228,8 +230,8 @@ def _number_of_images(inputs: Any) -> Any:
 def _zeros_without_images(inputs: Any, kernel: Any) -> Any:
     """`kernel`, and zeros where there are no images.
 
-    So its gradient is zero there. The depthwise op's own is memory that nobody has
-    written (TensorFlow 2.21, CPU).
+    This makes its gradient zero there. The depthwise op's own gradient is uninitialized
+    memory (TensorFlow 2.21, CPU).
     """
     images = _number_of_images(inputs)
     return kernel if images is None else tf.where(images > 0, kernel, tf.zeros_like(kernel))
@@ -261,7 +263,7 @@ def _conv2d(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
 
 
 def _forward_then_subsample(spec: ConvSpec, inputs: Any, kernel: Any, stride: int) -> Any:
-    """Pads as `spec` says, runs with `stride`, keeps every so manyth output."""
+    """Pads as `spec` says, runs with `stride`, and drops the outputs in between."""
     vertical, horizontal = spec.spatial_axes
     shape = _shape(inputs)
     padding: list[Any] = [[0, 0]] * 4
@@ -291,7 +293,7 @@ def _has_grouped_gradients(dtype: str) -> bool:
     """
     if default_device()[0] == "gpu":
         return True
-    # A small trial, apart from any graph or tape that is being recorded.
+    # A small trial, outside any graph or tape.
     with tf.init_scope():
         try:
             tf.raw_ops.Conv2DBackpropInput(

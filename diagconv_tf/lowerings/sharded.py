@@ -36,7 +36,7 @@ def why_not_sharded(
         ValueError: if `lowering` is not known.
     """
     if spec.groups % shards:
-        return [f"{spec.groups} groups cannot be sharded evenly over {shards} devices"]
+        return [f"{spec.groups} groups are not divided by {shards} devices"]
     part = spec.replace(groups=spec.groups // shards)
     return why_not(part, lowering)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -91,6 +90,7 @@ class PrivateName:
         return self.of(module)
 
 
+_TF, _JAX, _TORCH = ("tensorflow",), ("jax",), ("torch",)
 _COPYING = "copy a model"
 _IN_PLACE = "`rewrite`, `restore` and `export` work with in_place=True"
 _TRAINING_STEP = "run a model's training step outside `fit`"
@@ -127,7 +127,7 @@ _WITH_OTHER_FUNCTION = PrivateName(
     "_clone",
     "copy a model with a `tf.function` that refers to it",
     _IN_PLACE,
-    backends=("tensorflow",),
+    _TF,
 )
 _LAYER_PATH = PrivateName("keras.Layer()", "_path", _COPYING, _IN_PLACE)
 _LOSSES = PrivateName("keras.Layer()", "_losses", _COPYING, _IN_PLACE)
@@ -137,46 +137,38 @@ _ITERATOR_CLASS = PrivateName(
     "keras.src.trainers.epoch_iterator", "EpochIterator", _COPYING, _IN_PLACE
 )
 _OPTIMIZER_STRATEGY = PrivateName(
-    "keras.optimizers.Optimizer()",
-    "_distribution_strategy",
-    _COPYING,
-    _IN_PLACE,
-    backends=("tensorflow",),
+    "keras.optimizers.Optimizer()", "_distribution_strategy", _COPYING, _IN_PLACE, _TF
 )
 _DEPENDENCIES = PrivateName(
     "tensorflow.__internal__.tracking.AutoTrackable()",
     "_self_unconditional_checkpoint_dependencies",
     _COPYING,
     _IN_PLACE,
-    backends=("tensorflow",),
+    _TF,
 )
 _DEPENDENCY_NAMES = PrivateName(
     "tensorflow.__internal__.tracking.AutoTrackable()",
     "_self_unconditional_dependency_names",
     _COPYING,
     _IN_PLACE,
-    backends=("tensorflow",),
+    _TF,
 )
 _TRACKED_CONTAINER = PrivateName(
-    "tensorflow.__internal__.tracking",
-    "TrackableDataStructure",
-    _COPYING,
-    _IN_PLACE,
-    backends=("tensorflow",),
+    "tensorflow.__internal__.tracking", "TrackableDataStructure", _COPYING, _IN_PLACE, _TF
 )
 _CONTAINER_CACHE = PrivateName(
     "tensorflow.__internal__.tracking.TrackableDataStructure()",
     "_self_attribute_sentinel",
     _COPYING,
     _IN_PLACE,
-    backends=("tensorflow",),
+    _TF,
 )
 _CONTAINER_SNAPSHOT = PrivateName(
     "tensorflow.__internal__.tracking.TrackableDataStructure()",
     "_update_snapshot",
     _COPYING,
     _IN_PLACE,
-    backends=("tensorflow",),
+    _TF,
 )
 
 # Compilation and training.
@@ -200,38 +192,32 @@ _RESOLVE_JIT = PrivateName(
 )
 _SYMBOLIC_BUILD = PrivateName("keras.Model", "_symbolic_build", _TRAINING_STEP, _NO_TUNE)
 _BUILD_IN_STRATEGY = PrivateName(
-    "keras.Model", "_maybe_symbolic_build", _TRAINING_STEP, _NO_TUNE, backends=("tensorflow",)
+    "keras.Model", "_maybe_symbolic_build", _TRAINING_STEP, _NO_TUNE, _TF
 )
-_JAX_TRAINING_STATE = PrivateName(
-    "keras.Model", "_get_jax_state", _TRAINING_STEP, _NO_TUNE, backends=("jax",)
-)
+_JAX_TRAINING_STATE = PrivateName("keras.Model", "_get_jax_state", _TRAINING_STEP, _NO_TUNE, _JAX)
 _JAX_STATE = PrivateName(
     "keras.Model()",
     "_jax_state",
     "wait for the end of a training step on JAX",
     "All but `StepTimer` works",
-    backends=("jax",),
+    _JAX,
 )
 _JAX_STATE_SYNCED = PrivateName(
     "keras.Model()",
     "_jax_state_synced",
     "tell whether a model's variables are up to date on JAX",
     "All but `StepTimer` and copies of models works",
-    backends=("jax",),
+    _JAX,
 )
 _JAX_STATE_SYNC = PrivateName(
-    "keras.Model",
-    "jax_state_sync",
-    "copy a model that is being trained on JAX",
-    _IN_PLACE,
-    backends=("jax",),
+    "keras.Model", "jax_state_sync", "copy a model that is being trained on JAX", _IN_PLACE, _JAX
 )
 _CALLBACK_MODEL = PrivateName(
     "keras.callbacks.Callback()",
     "_model",
     "reach the model of a callback on JAX without moving its training state",
     "All but `StepTimer` and the recipes works",
-    backends=("jax",),
+    _JAX,
 )
 _FLUSH_CALLBACKS = PrivateName(
     "keras.callbacks.CallbackList",
@@ -252,7 +238,7 @@ _STRATEGY = PrivateName(
     "_distribute_strategy",
     "find the tf.distribute strategy of a model",
     "Models without a strategy work on the other backends",
-    backends=("tensorflow",),
+    _TF,
 )
 _LAYOUT = PrivateName(
     "keras.Variable()",
@@ -265,56 +251,42 @@ _IN_XLA = PrivateName(
     "GraphOrParentsInXlaContext",
     "tell whether XLA will compile what is traced",
     'Stock layers and lowering="native" work',
-    backends=("tensorflow",),
+    _TF,
 )
 _JAX_TRACER = PrivateName(
     "jax.core",
     "Tracer",
-    "tell whether a program is traced that JAX will divide among devices",
+    "tell whether JAX is tracing a program that it may shard",
     "Stock layers work",
-    backends=("jax",),
-)
-_GRADIENT_REGISTRY = PrivateName(
-    "tensorflow.python.framework.ops",
-    "gradient_registry",
-    "free the graphs of models that are gone",
-    'Lowerings "native" and "diagonal" for all passes work',
-    backends=("tensorflow",),
-)
-_REGISTERED_GRADIENTS = PrivateName(
-    "tensorflow.python.framework.registry.Registry()",
-    "_registry",
-    "free the graphs of models that are gone",
-    'Lowerings "native" and "diagonal" for all passes work',
-    backends=("tensorflow",),
+    _JAX,
 )
 _DETERMINISM = PrivateName(
     "tensorflow.python.framework.config",
     "is_op_determinism_enabled",
     "tell whether TensorFlow's ops are deterministic",
     "The layers work; `tune` and plans do not",
-    backends=("tensorflow",),
+    _TF,
 )
 _JAX_COORDINATION = PrivateName(
     "jax._src.distributed",
     "global_state",
     "share a plan among several processes",
     "Training in one process works",
-    backends=("jax",),
+    _JAX,
 )
 _JAX_COORDINATION_CLIENT = PrivateName(
     "jax._src.distributed.State()",
     "client",
     "share a plan among several processes",
     "Training in one process works",
-    backends=("jax",),
+    _JAX,
 )
 
 # Averages of weights and statistics.
 _TRACKER = PrivateName("keras.Layer()", "_tracker", _AVERAGING, _NO_AVERAGING)
 _UNTRACK_VARIABLE = PrivateName("keras.Layer", "_untrack_variable", _AVERAGING, _NO_AVERAGING)
 _TRACK_TORCH_VARIABLES = PrivateName(
-    "keras.Layer", "_track_variables", _AVERAGING, _NO_AVERAGING, backends=("torch",)
+    "keras.Layer", "_track_variables", _AVERAGING, _NO_AVERAGING, _TORCH
 )
 _AVERAGED_VARIABLES = PrivateName(
     "keras.optimizers.Optimizer()",
@@ -607,26 +579,6 @@ def is_traced_for_xla(graph: Any) -> bool:
 def is_traced_by_jax(value: Any) -> bool:
     """Whether `value` stands for an array in a program that JAX is tracing."""
     return isinstance(value, _JAX_TRACER.of_module())
-
-
-def forget_gradient_with_graph(tensor: Any) -> None:
-    """Frees what `tf.custom_gradient` keeps for `tensor` when its graph is gone.
-
-    TensorFlow registers every custom gradient of a graph by name, and for good, with
-    the tensors, and so the graph, that the gradient is made of.
-
-    Args:
-        tensor: a graph's tensor, as a `tf.custom_gradient` function returned it.
-    """
-    registry = _REGISTERED_GRADIENTS.of(_GRADIENT_REGISTRY.of_module())
-    name = tensor.op.get_attr("_gradient_op_type").decode()
-    gradient = registry[name]["type"]
-    # The graph keeps the gradient, and the registry finds it there.
-    graph = tensor.graph
-    graph._diagconv_tf_gradients = (*getattr(graph, "_diagconv_tf_gradients", ()), gradient)
-    kept = weakref.ref(gradient)
-    registry[name]["type"] = lambda *arguments: kept()(*arguments)
-    weakref.finalize(graph, registry.pop, name, None)
 
 
 def is_tensorflow_deterministic() -> bool:

@@ -91,7 +91,7 @@ def layer_spec(
         )
     batch, *image = shape
     height, width, channels = image if channels_last else (*image[1:], image[0])
-    # A number wherever it comes from; under `torch.jit.trace` it is a tensor.
+    # Under `torch.jit.trace` it is a tensor.
     channels = int(channels)
     if isinstance(layer, keras.layers.Conv2D):
         groups, multiplier = layer.groups, layer.filters // layer.groups
@@ -142,10 +142,14 @@ def _kernel_variable(layer: keras.layers.Layer) -> Any:
     return layer.depthwise_kernel if separable else layer.kernel
 
 
-class LoweredLayer:
+# For type checkers: a stock layer class follows in the bases of every subclass.
+_Mixin: Any = object
+
+
+class LoweredLayer(_Mixin):
     """The `lowering` of a layer: argument, attribute, config and check."""
 
-    # On the class too, so that a stock layer has one when its class is changed.
+    # A class attribute, so that a stock layer has one when its class is changed.
     _lowering: LoweringChoice = _DEFAULT
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -166,8 +170,8 @@ class LoweredLayer:
     def lowering(self) -> str | dict[str, str]:
         """How the layer computes: a string, or a dict of one per pass.
 
-        Functions that were compiled before it is set go on with the value of
-        before. `rewrite(model, lowering, in_place=True)` compiles them again.
+        Setting it does not change functions that are compiled already;
+        `rewrite(model, lowering, in_place=True)` recompiles them.
 
         Raises:
             ValueError: on setting, if the value is not known or cannot compute
@@ -279,7 +283,7 @@ def _add_bias_and_activate(layer: keras.layers.Layer, outputs: Any) -> Any:
     return outputs if layer.activation is None else layer.activation(outputs)
 
 
-def _signature_with_lowering(stock: type) -> inspect.Signature:
+def _signature_with_lowering(stock: Any) -> inspect.Signature:
     """The signature of `stock` with `lowering` among its arguments."""
     signature = inspect.signature(stock.__init__)
     parameters = [p for name, p in signature.parameters.items() if name != "self"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -183,7 +183,7 @@ class ConvSpec:
         extent = (self.kernel_size[axis] - 1) * self.dilation_rate[axis] + 1
         return (size - extent) // stride + 1
 
-    def padding_for(self, sizes: tuple[Any, Any]) -> tuple[tuple, tuple]:
+    def padding_for(self, sizes: Sequence[Any]) -> tuple[tuple, tuple]:
         """Zeros `((top, bottom), (left, right))` for an input of `sizes`.
 
         `sizes` are ints or scalar tensors; so are the results.
@@ -223,7 +223,10 @@ class ConvSpec:
         Raises:
             TypeError, ValueError: if they are not a workload's.
         """
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+        arguments: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()
+        }
+        return cls(**arguments)
 
     def replace(self, **changes: Any) -> ConvSpec:
         """A copy with some attributes changed."""

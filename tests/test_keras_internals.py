@@ -147,10 +147,6 @@ def tensorflow_function(model):
     return tf.function(abs)
 
 
-def gradient_registry(model):
-    return importlib.import_module("tensorflow.python.framework.ops").gradient_registry
-
-
 def clone_function(model, deleted):
     mine = tensorflow_function(model)
     with deleted(mine):
@@ -265,12 +261,6 @@ ROWS: dict[str, Row] = {
         lambda model: model.variables[0], lambda m, _: distribution.is_distributed(m)
     ),
     "tensorflow.python.ops.control_flow_util.GraphOrParentsInXlaContext": Row(None, trace_for_xla),
-    "tensorflow.python.framework.ops.gradient_registry": Row(
-        None, lambda *_: keras_internals.forget_gradient_with_graph(None)
-    ),
-    "tensorflow.python.framework.registry.Registry()._registry": Row(
-        gradient_registry, lambda *_: keras_internals.forget_gradient_with_graph(None)
-    ),
     "tensorflow.python.framework.config.is_op_determinism_enabled": Row(
         None, lambda *_: keras_internals.is_tensorflow_deterministic()
     ),

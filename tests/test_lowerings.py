@@ -308,6 +308,98 @@ def test_nothing_outlives_the_graph_it_was_traced_for(lowering):
     assert [graph() for graph in graphs] == [None]
 
 
+def depthwise_model(lowering):
+    """Two layers of one workload and one of another; `lowering` None means stock layers."""
+    from diagconv_tf import rewrite
+
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 4)),
+            layers.DepthwiseConv2D(3, padding="same"),
+            layers.DepthwiseConv2D(3, padding="same"),
+            layers.DepthwiseConv2D(3, strides=2),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(1),
+        ]
+    )
+    return model if lowering is None else rewrite(model, lowering, in_place=True)
+
+
+@pytest.mark.slow
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+def test_fit_with_several_steps_in_a_graph_equals_stock(jit_compile):
+    """The steps are a loop of the graph, whose body is a graph of its own."""
+    x = np.random.default_rng(0).normal(size=(8, 6, 6, 4)).astype("float32")
+    losses = []
+    for lowering in (None, "shifted"):
+        model = depthwise_model(lowering)
+        model.compile("sgd", "mse", jit_compile=jit_compile, steps_per_execution=2)
+        fitted = model.fit(x, np.ones((8, 1)), batch_size=2, epochs=2, shuffle=False, verbose=0)
+        losses.append(fitted.history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.backends("tensorflow")
+def test_a_saved_model_has_the_gradients(tmp_path):
+    import tensorflow as tf
+
+    spec = cases.NAMED["same"]
+    signature = [tf.TensorSpec(spec.input_shape), tf.TensorSpec(spec.kernel_shape)]
+
+    def function(x, k):
+        # Twice the same pass: its gradient is stored once.
+        y = convolve(spec, parse("shifted"), x, k)
+        return convolve(spec, parse("shifted"), y, k)
+
+    def gradients(function):
+        x, k, g = (tf.constant(a, "float32") for a in random_problem(spec))
+        with tf.GradientTape() as tape:
+            tape.watch([x, k])
+            y = function(x, k)
+        return tape.gradient(y, [x, k], g)
+
+    module = tf.Module()
+    module.function = tf.function(function, input_signature=signature, autograph=False)
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=True)
+    tf.saved_model.save(module, str(tmp_path), options=options)
+    loaded = tf.saved_model.load(str(tmp_path))
+    for value, want in zip(gradients(loaded.function), gradients(function), strict=True):
+        np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.backends("tensorflow")
+def test_retracing_registers_no_more_gradients():
+    import gc
+
+    import tensorflow as tf
+
+    from diagconv_tf.backends.tensorflow import _RegisteredGradient
+
+    spec = cases.NAMED["plain"]
+    arguments = tf.ones(spec.input_shape), tf.ones(spec.kernel_shape)
+
+    def registered_after_a_trace():
+        @tf.function(autograph=False)
+        def gradients(x, k):
+            with tf.GradientTape() as tape:
+                tape.watch([x, k])
+                y = convolve(spec, parse("shifted"), x, k)
+            return tape.gradient(y, [x, k])
+
+        gradients(*arguments)
+        del gradients
+        gc.collect()
+        return sum(map(len, _RegisteredGradient._free.values()))
+
+    first = registered_after_a_trace()
+    assert first
+    assert registered_after_a_trace() == first
+
+
 @pytest.mark.backends("tensorflow")
 def test_a_pass_is_traced_once_for_all_layers_of_a_graph(monkeypatch):
     import tensorflow as tf

@@ -114,7 +114,7 @@ class Backend(Protocol):
         compiler refuses inside a custom gradient.
         """
 
-    def interior_pad(self, values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
+    def interior_pad(self, values: Any, axes: tuple, strides: Sequence, offsets: tuple) -> Any:
         """Zeros, `stride` times as many along each of two axes, but for element
         i of `values` at `i * stride + offset`.
         """
@@ -125,7 +125,7 @@ class Backend(Protocol):
     # What follows is for `keras.distribution`, which only JAX has.
 
     def is_partitioned(self, tensor: Any) -> bool:
-        """Whether `tensor` is of a program that will be divided among devices."""
+        """Whether `tensor` belongs to a program that will be sharded over devices."""
 
     def per_shard(
         self,
@@ -135,10 +135,10 @@ class Backend(Protocol):
         input_axes: Sequence[str | None],
         kernel_axes: Sequence[str | None],
     ) -> Any:
-        """`function(inputs, kernel)`, by each device for its parts of both."""
+        """Runs `function(inputs, kernel)` on each device's shards of both."""
 
     def replicated(self, tensor: Any, axis: int) -> Any:
-        """`tensor` and its gradient, of which every device has all along `axis`."""
+        """`tensor`; it and its gradient are replicated along `axis`."""
 
     def process_store(self) -> ProcessStore:
         """Where the processes of one training can leave texts for each other."""
@@ -166,4 +166,4 @@ def current() -> Backend:
             "Expected the Keras backend to be 'tensorflow', 'jax' or 'torch'. "
             f"Received: keras.backend.backend()={_NAME!r}"
         )
-    return _BACKEND  # type: ignore[return-value]
+    return _BACKEND

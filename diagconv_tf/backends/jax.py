@@ -134,7 +134,7 @@ def pad(tensor: Any, widths: list) -> Any:
     return jnp.pad(tensor, widths)
 
 
-def interior_pad(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
+def interior_pad(values: Any, axes: tuple, strides: Sequence, offsets: tuple) -> Any:
     padding = [(0, 0, 0)] * values.ndim
     for axis, stride, offset in zip(axes, strides, offsets, strict=True):
         padding[axis] = (offset, stride - 1 - offset, stride - 1)
@@ -147,8 +147,8 @@ def is_compiled_for_cpu() -> bool:
 
 
 def is_partitioned(tensor: Any) -> bool:
-    """Whether `tensor` is of a program that will be divided among devices as a whole."""
-    # Inside somebody's own `shard_map` a tensor is one device's part already.
+    """Whether `tensor` belongs to a program that will be sharded over devices as a whole."""
+    # Inside a caller's `shard_map` a tensor is one device's shard already.
     if not keras_internals.is_traced_by_jax(tensor):
         return False
     return not jax.sharding.get_abstract_mesh().manual_axes
@@ -161,14 +161,14 @@ def per_shard(
     input_axes: Sequence[str | None],
     kernel_axes: Sequence[str | None],
 ) -> Any:
-    """`function(inputs, kernel)`, by each device for its parts of both.
+    """Runs `function(inputs, kernel)` on each device's shards of both.
 
     Args:
-        function: returns a tensor divided as its inputs are.
+        function: returns a tensor sharded as its inputs are.
         inputs: tensor.
         kernel: tensor.
         input_axes: for each axis of `inputs`, the mesh axis along which it is
-            divided, or None.
+            sharded, or None.
         kernel_axes: the same for `kernel`.
     """
     names = {name for name in (*input_axes, *kernel_axes) if name is not None}
@@ -184,7 +184,7 @@ def per_shard(
 
 
 def replicated(tensor: Any, axis: int) -> Any:
-    """`tensor` and its gradient, of which every device has all along `axis`."""
+    """`tensor`; it and its gradient are replicated along `axis`."""
     axes: list[Any] = [PartitionSpec.UNCONSTRAINED] * tensor.ndim
     axes[axis] = None
     mesh = keras.distribution.distribution().device_mesh.backend_mesh

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import itertools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import tensorflow as tf
 
 from diagconv_tf import keras_internals
-from diagconv_tf.spec import ConvSpec
+from diagconv_tf.spec import ConvSpec, Pass
 
 if TYPE_CHECKING:
     from diagconv_tf.backends import Passes
@@ -82,7 +84,7 @@ def with_images(
         return function(inputs, *others)
 
     def without_images() -> Any:
-        # The sum of no elements of each operand, whose gradients are so zero, not None.
+        # Depends on every operand, so that their gradients are zero and not None.
         nothing = tf.add_n([tf.reduce_sum(operand[:0]) for operand in (inputs, *others)])
         return tf.zeros(empty_shape(), inputs.dtype) + nothing
 
@@ -90,52 +92,110 @@ def with_images(
 
 
 def differentiable(passes: Passes, inputs: Any, kernel: Any) -> Any:
-    def forward_and_vjp(inputs: Any, kernel: Any) -> tuple:
-        def vjp(g: Any) -> tuple:
-            return (
-                _input_gradient_pass(passes, g, kernel, _shape(inputs)),
-                _kernel_gradient_pass(passes, inputs, g),
-            )
-
-        return _traced_once(passes, "forward", inputs, kernel), vjp
-
-    return _with_gradient(forward_and_vjp, inputs, kernel)
+    return _run_pass(passes, "forward", inputs, kernel)
 
 
-def _input_gradient_pass(
-    passes: Passes, output_gradient: Any, kernel: Any, input_shape: tuple
-) -> Any:
-    def gradient_and_vjp(output_gradient: Any, kernel: Any) -> tuple:
-        def vjp(g: Any) -> tuple:
-            return (
-                differentiable(passes, g, kernel),
-                _kernel_gradient_pass(passes, g, output_gradient),
-            )
+def _run_pass(passes: Passes, name: Pass, first: Any, second: Any, *sizes: Any) -> Any:
+    """One of `passes`, with the other two as its derivatives.
 
-        return _traced_once(passes, "input_gradient", output_gradient, kernel, input_shape), vjp
+    A graph calls it as a function, instead of holding its operations once per layer:
+    TensorFlow takes a millisecond to trace an operation, and a network has the same
+    convolution many times. XLA inlines all calls.
 
-    return _with_gradient(gradient_and_vjp, output_gradient, kernel)
+    Args:
+        passes: the passes.
+        name: the pass to run.
+        first: its first tensor.
+        second: its second tensor.
+        *sizes: the other arguments of the pass, which have no gradients.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    if tf.executing_eagerly():
+
+        def run_and_vjp(first: Any, second: Any) -> tuple:
+            result = getattr(passes, name)(first, second, *sizes)
+            return result, functools.partial(_vjp, passes, name, first, second)
+
+        return tf.custom_gradient(run_and_vjp)(first, second)
+    if not graph.building_function:
+        return _run_in_graph(passes, name, first, second, *sizes)
+    # An attribute of the graph, so that they live no longer than it.
+    functions = getattr(graph, "_diagconv_tf_functions", None)
+    if functions is None:
+        functions = graph._diagconv_tf_functions = {}
+    # One for each context, because `is_compiled_for_cpu` is asked inside.
+    key = (passes, name, keras_internals.is_traced_for_xla(graph))
+    if key not in functions:
+        run = functools.partial(_run_in_graph, passes, name)
+        functions[key] = tf.function(run, autograph=False)
+    return functions[key](first, second, *sizes)
 
 
-def _kernel_gradient_pass(passes: Passes, inputs: Any, output_gradient: Any) -> Any:
-    def gradient_and_vjp(inputs: Any, output_gradient: Any) -> tuple:
-        def vjp(g: Any) -> tuple:
-            return (
-                _input_gradient_pass(passes, output_gradient, g, _shape(inputs)),
-                differentiable(passes, inputs, g),
-            )
+def _run_in_graph(passes: Passes, name: Pass, first: Any, second: Any, *sizes: Any) -> Any:
+    """A pass, followed by an operation that carries the name of its gradient."""
+    result = getattr(passes, name)(first, second, *sizes)
+    graph = tf.compat.v1.get_default_graph()
+    gradient = _RegisteredGradient.take(passes, name)
+    with graph.gradient_override_map({"IdentityN": gradient.name}):
+        outputs = tf.identity_n([result, first, second])
+    gradient.operation = weakref.ref(outputs[0].op)
+    weakref.finalize(graph, gradient.give_back)
+    return outputs[0]
 
-        return _traced_once(passes, "kernel_gradient", inputs, output_gradient), vjp
 
-    return _with_gradient(gradient_and_vjp, inputs, output_gradient)
+class _RegisteredGradient:
+    """The gradient of a pass under a name by which the operations of graphs refer to it.
+
+    `tf.custom_gradient` registers a new gradient for every call in a graph, and for good,
+    with the tensors, and so the graph, that the gradient is made of. This one holds no
+    tensors, and its name is used again once the graph is gone. A graph needs a name of its
+    own because a SavedModel with gradients stores one for each name.
+    """
+
+    _free: ClassVar[dict[tuple, list[_RegisteredGradient]]] = {}
+    _counter = itertools.count()
+
+    def __init__(self, passes: Passes, pass_name: Pass) -> None:
+        self._passes, self._pass_name = passes, pass_name
+        self.name = f"diagconv_tf_{pass_name}_{next(self._counter)}"
+        self.operation: Callable[[], Any] = lambda: None
+        tf.RegisterGradient(self.name)(self._gradient)
+
+    @classmethod
+    def take(cls, passes: Passes, pass_name: Pass) -> _RegisteredGradient:
+        """One that no living graph uses."""
+        try:
+            return cls._free.setdefault((passes, pass_name), []).pop()
+        except IndexError:  # A check before could race with another thread.
+            return cls(passes, pass_name)
+
+    def give_back(self) -> None:
+        self._free[self._passes, self._pass_name].append(self)
+
+    @tf.autograph.experimental.do_not_convert
+    def _gradient(self, operation: Any, g: Any, *_: Any) -> tuple:
+        # A SavedModel's writer names no operation.
+        operation = self.operation() if operation is None else operation
+        _, first, second = operation.inputs
+        return None, *_vjp(self._passes, self._pass_name, first, second, g)
 
 
-def _with_gradient(function_and_vjp: Callable[..., tuple], *tensors: Any) -> Any:
-    """`tf.custom_gradient` that lives no longer than the graph in which it is called."""
-    result = tf.custom_gradient(function_and_vjp)(*tensors)
-    if not tf.executing_eagerly():
-        keras_internals.forget_gradient_with_graph(result)
-    return result
+def _vjp(passes: Passes, name: Pass, first: Any, second: Any, g: Any) -> tuple:
+    """The derivatives of a pass by its two tensors, for the gradient `g` of its result."""
+    if name == "forward":
+        return (
+            _run_pass(passes, "input_gradient", g, second, _shape(first)),
+            _run_pass(passes, "kernel_gradient", first, g),
+        )
+    if name == "input_gradient":
+        return (
+            _run_pass(passes, "forward", g, second),
+            _run_pass(passes, "kernel_gradient", g, first),
+        )
+    return (
+        _run_pass(passes, "input_gradient", second, g, _shape(first)),
+        _run_pass(passes, "forward", first, g),
+    )
 
 
 def stock_operands(inputs: Any, kernel: Any, stock_op: str) -> tuple[Any, Any]:
@@ -150,7 +210,7 @@ def pad(tensor: Any, widths: list) -> Any:
     return tf.pad(tensor, widths)
 
 
-def interior_pad(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
+def interior_pad(values: Any, axes: tuple, strides: Sequence, offsets: tuple) -> Any:
     for axis, stride, offset in zip(axes, strides, offsets, strict=True):
         shape = list(_shape(values))
         padding = [[0, 0]] * (len(shape) + 1)
@@ -166,33 +226,6 @@ def is_compiled_for_cpu() -> bool:
     return in_xla and default_device()[0] == "cpu"
 
 
-def _traced_once(passes: Passes, name: str, *arguments: Any) -> Any:
-    """A pass; a graph calls it instead of having its operations for each layer.
-
-    TensorFlow takes a millisecond to trace an operation, and a network has the
-    same convolution many times. What XLA compiles has all operations in place again.
-
-    Args:
-        passes: the passes.
-        name: which of them.
-        *arguments: tensors and sizes.
-    """
-    function = getattr(passes, name)
-    graph = tf.compat.v1.get_default_graph()
-    if tf.executing_eagerly() or not graph.building_function:
-        return function(*arguments)
-    # An attribute of the graph, and so no older than it.
-    functions = getattr(graph, "_diagconv_tf_functions", None)
-    if functions is None:
-        functions = graph._diagconv_tf_functions = {}
-    # One for each context: inside, `is_compiled_for_cpu` is asked.
-    # Not by `function`: methods of equal values are not equal.
-    key = (passes, name, keras_internals.is_traced_for_xla(graph))
-    if key not in functions:
-        functions[key] = tf.function(function, autograph=False)
-    return functions[key](*arguments)
-
-
 def _number_of_images(inputs: Any) -> Any:
     """A scalar tensor where `inputs` may be an empty batch on a CPU; None elsewhere."""
     if is_for_inference.get() or inputs.shape[0]:
@@ -205,8 +238,8 @@ def _number_of_images(inputs: Any) -> Any:
 def _zeros_without_images(inputs: Any, kernel: Any) -> Any:
     """`kernel`, and zeros where there are no images.
 
-    So its gradient is zero there. The depthwise op's own is memory that nobody has
-    written (TensorFlow 2.21, CPU).
+    This makes its gradient zero there. The depthwise op's own gradient is uninitialized
+    memory (TensorFlow 2.21, CPU).
     """
     images = _number_of_images(inputs)
     return kernel if images is None else tf.where(images > 0, kernel, tf.zeros_like(kernel))
@@ -238,7 +271,7 @@ def _conv2d(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
 
 
 def _forward_then_subsample(spec: ConvSpec, inputs: Any, kernel: Any, stride: int) -> Any:
-    """Pads as `spec` says, runs with `stride`, keeps every so manyth output."""
+    """Pads as `spec` says, runs with `stride`, and drops the outputs in between."""
     vertical, horizontal = spec.spatial_axes
     shape = _shape(inputs)
     padding: list[Any] = [[0, 0]] * 4
@@ -268,7 +301,7 @@ def _has_grouped_gradients(dtype: str) -> bool:
     """
     if default_device()[0] == "gpu":
         return True
-    # A small trial, apart from any graph or tape that is being recorded.
+    # A small trial, outside any graph or tape.
     with tf.init_scope():
         try:
             tf.raw_ops.Conv2DBackpropInput(

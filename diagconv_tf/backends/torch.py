@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -186,7 +186,7 @@ def pad(tensor: Any, widths: list) -> Any:
     return functional.pad(tensor, [n for pair in reversed(widths) for n in pair])
 
 
-def interior_pad(values: Any, axes: tuple, strides: tuple, offsets: tuple) -> Any:
+def interior_pad(values: Any, axes: tuple, strides: Sequence, offsets: tuple) -> Any:
     shape = list(values.shape)
     steps = [slice(None)] * values.ndim
     for axis, stride, offset in zip(axes, strides, offsets, strict=True):
@@ -224,6 +224,10 @@ def _is_channels_last(tensor: Any) -> bool:
 
 
 def _pad(spec: ConvSpec, inputs: Any) -> tuple[Any, tuple[int, int]]:
+    if inputs.shape[1] == 1:
+        # One channel fits both memory formats. By a stride of 1 PyTorch 2.13 takes it for
+        # channels-last, whose kernel gradient of a strided 1x1 kernel is wrong on a CPU.
+        inputs = inputs.squeeze(1).unsqueeze(1)
     (top, bottom), (left, right) = spec.padding_for(tuple(inputs.shape[2:]))
     if top == bottom and left == right:
         return inputs, (top, left)

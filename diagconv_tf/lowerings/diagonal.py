@@ -38,7 +38,7 @@ def to_diagonal(spec: ConvSpec, kernel: Any, block: int) -> Any:
     """The kernel of `merged(spec, block)` that computes the same.
 
     Args:
-        spec: a problem whose groups `block` divides.
+        spec: a workload whose groups `block` divides.
         kernel: `(kh, kw, i, groups * o)`.
         block: number of groups on each diagonal.
 
@@ -65,7 +65,7 @@ def from_diagonal(spec: ConvSpec, kernel: Any, block: int) -> Any:
     blocks, o = spec.groups // block, spec.output_channels_per_group
     kernel = ops.reshape(kernel, (kh, kw, block, i, blocks, block, o))
     kernel = ops.where(_on_diagonal(block), kernel, ops.zeros_like(kernel))
-    # One term of each sum is not zero, so that it is exact in any precision.
+    # At most one term of each sum is not zero, so the sum is exact in any precision.
     return ops.reshape(ops.sum(kernel, axis=2), (kh, kw, i, outputs))
 
 
@@ -93,7 +93,7 @@ class Diagonal(Lowering):
         return []
 
     def blocks(self, spec: ConvSpec) -> list[ConvSpec]:
-        """The problems into which `spec` is split along its channels."""
+        """The workloads into which `spec` is split along its channels."""
         size = spec.groups
         if self.channels is not None:
             size = min(size, max(1, self.channels // spec.input_channels_per_group))

@@ -1,4 +1,4 @@
-"""`"native"`: the framework's own op for the problem."""
+"""`"native"`: the framework's own op."""
 
 from __future__ import annotations
 

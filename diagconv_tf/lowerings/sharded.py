@@ -1,11 +1,10 @@
 """Convolutions under a `keras.distribution`: every device computes its own part.
 
-XLA's partitioner divides a program among devices operation by operation. It
-knows what a depthwise convolution is; of a loop over images, of blocks of
-channels or of grouped convolutions it does not see that no device needs
-another's images or channels, and gathers them all on each. So the convolution
-is written for one device's images and, where the layout of the kernel divides
-its channels, one device's channels; blocks are then blocks of these.
+XLA's partitioner shards a program operation by operation. It shards a depthwise
+convolution well. It does not see that a loop over rows, blocks of channels, or
+grouped convolutions need no other device's images or channels, and gathers them
+on every device. So the convolution is written for one device's images and, where
+the kernel is sharded by channels, for one device's channels.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ def why_not_sharded(
     lowering: LoweringLike | LoweringChoice,
     shards: int,
 ) -> list[str]:
-    """Every reason why devices cannot compute their own channels; [] means they can.
+    """Every reason why devices cannot compute their own channels only; [] means they can.
 
     Otherwise the channels of the inputs are gathered on every device.
 
     Args:
-        spec: the problem.
+        spec: the workload.
         lowering: as a layer's `lowering`.
-        shards: number of devices that the channels are divided among.
+        shards: number of devices over which the channels are sharded.
 
     Raises:
         ValueError: if `lowering` is not known.
@@ -49,15 +48,15 @@ def convolve_sharded(
     kernel: Any,
     channels: MeshAxis | None = None,
 ) -> Any:
-    """`convolve`, divided among the devices of the current `keras.distribution`.
+    """`convolve`, sharded over the devices of the current `keras.distribution`.
 
     Args:
-        spec: the problem.
+        spec: the workload.
         choice: what `parse` made of a layer's `lowering`.
         inputs: tensor of `spec.input_shape`.
         kernel: tensor of `spec.kernel_shape`.
         channels: the mesh axis along which the kernel's output channels are
-            divided, or None.
+            sharded, or None.
 
     Returns:
         A tensor of `spec.output_shape` and the dtype of the inputs.
@@ -66,16 +65,17 @@ def convolve_sharded(
     batch = distribution.batch_axis()
     if batch is None or not backend.is_partitioned(inputs):
         return convolve(spec, choice, inputs, kernel)
-    # Along the batch's own axis weights may be stored divided; XLA gathers them.
-    divided = channels is not None and channels.size > 1 and channels.name != batch.name
-    if divided and why_not_sharded(spec, choice, channels.size):
-        # Said to XLA: its partitioner aborts over a convolution of 3 groups whose
-        # channels are divided by 2 (jaxlib 0.10.2).
+    if channels is not None and (channels.size == 1 or channels.name == batch.name):
+        # XLA gathers weights that are stored sharded along the batch's own axis.
+        channels = None
+    if channels is not None and why_not_sharded(spec, choice, channels.size):
+        # XLA must be told: its partitioner aborts on a convolution of 3 groups whose
+        # channels are sharded over 2 devices (jaxlib 0.10.2).
         inputs = backend.replicated(inputs, spec.channel_axis)
         kernel = backend.replicated(kernel, 3)
         outputs = _convolve_parts(spec, choice, inputs, kernel, batch, None)
         return backend.replicated(outputs, spec.channel_axis)
-    return _convolve_parts(spec, choice, inputs, kernel, batch, channels if divided else None)
+    return _convolve_parts(spec, choice, inputs, kernel, batch, channels)
 
 
 def _convolve_parts(
@@ -86,7 +86,7 @@ def _convolve_parts(
     batch: MeshAxis,
     channels: MeshAxis | None,
 ) -> Any:
-    """`convolve`, by each device for its images and, with `channels`, for its channels."""
+    """Runs `convolve` on each device's images and, with `channels`, on its channels."""
     part = spec
     input_axes: list[str | None] = [None] * 4
     kernel_axes: list[str | None] = [None] * 4

@@ -111,7 +111,7 @@ def windows(spec: ConvSpec, padded: Any, sizes: list[Any], strides: tuple) -> It
 
 
 def window(spec: ConvSpec, tensor: Any, first: tuple, sizes: Any, strides: tuple = (1, 1)) -> Any:
-    """`sizes` elements along height and width, from `first` on, every so manyth."""
+    """`sizes` elements along height and width, from `first` on, in steps of `strides`."""
     grouped = len(tensor.shape) == 5
     index = [slice(None)] * len(tensor.shape)
     for axis, start, size, stride in zip(spec.spatial_axes, first, sizes, strides, strict=True):

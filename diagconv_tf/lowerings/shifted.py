@@ -60,15 +60,15 @@ class Shifted(Lowering):
         self, spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple
     ) -> Any:
         sizes = [input_shape[axis] for axis in spec.spatial_axes]
-        spread, axes = geometry.reads_of_gradient(spec, geometry.widen(output_gradient), sizes)
-        spread = geometry.per_group(spec, spread, spec.output_channels_per_group)
+        padded, axes = geometry.reads_of_gradient(spec, geometry.widen(output_gradient), sizes)
+        padded = geometry.per_group(spec, padded, spec.output_channels_per_group)
         weights = geometry.taps_of(spec, geometry.widen(kernel))
         strides = [len(axis.phases) for axis in axes]
         total = None
         for vertical, horizontal in itertools.product(*map(range, strides)):
             terms = [
                 (
-                    geometry.window(spec, spread, (top, left), (axes[0].count, axes[1].count)),
+                    geometry.window(spec, padded, (top, left), (axes[0].count, axes[1].count)),
                     weights[u * spec.kernel_size[1] + v],
                 )
                 for u, top in axes[0].phases[vertical]
@@ -114,7 +114,7 @@ def _sum_tap_by_tap(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any:
     axes = (0, *(geometry.grouped_axis(spec, axis) for axis in spec.spatial_axes))
     return ops.stack(
         [
-            # At once, so that no two products are in memory.
+            # Summed at once, so that only one product is in memory.
             ops.sum(geometry.channel_of(spec, window, channel) * gradient, axis=axes)
             for window in windows
             for channel in range(spec.input_channels_per_group)

@@ -114,6 +114,9 @@ class CentreTap(Lowering):
             return []
         return ["the floor is defined for one input channel a group"]
 
+    def runs_standard_convolutions(self, spec: ConvSpec) -> bool:
+        return False
+
     def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
         multiplier = spec.output_channels_per_group
         if multiplier > 1:

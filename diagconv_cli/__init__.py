@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from diagconv_cli.arguments import PROGRAM, check_input, parser
+from diagconv_cli.arguments import PROGRAM, check_input, one_line, parser
 from diagconv_cli.quiet import silence_tensorflow_log
 
 
@@ -47,8 +47,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = "interrupted"
     print(f"{PROGRAM}: {message}", file=sys.stderr)
     return 1
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error, or its class where it has none, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

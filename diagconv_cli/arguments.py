@@ -262,3 +262,8 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"expected seconds above 0. Received: {text}")
     return seconds
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, or its class where it has none, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator
 import keras
 from rich.console import Console
 
-from diagconv_cli import one_line
-from diagconv_cli.arguments import PROGRAM
+from diagconv_cli.arguments import PROGRAM, one_line
 from diagconv_tf import __version__, files, model_files
 from diagconv_tf.environment import Conditions
 from diagconv_tf.exporting import ExportError, export

@@ -47,6 +47,7 @@ def preferred_data_format(data_format: str) -> str:
 
 
 def forward(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
+    spec, inputs = _without_unread(spec, inputs)
     inputs, padding = _pad(spec, inputs)
     return functional.conv2d(
         inputs, _to_oihw(kernel, inputs), padding=padding, **_window_arguments(spec)
@@ -66,6 +67,7 @@ def input_gradient(spec: ConvSpec, output_gradient: Any, kernel: Any, input_shap
 
 
 def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
+    spec, inputs = _without_unread(spec, inputs)
     inputs, padding = _pad(spec, inputs)
     kh, kw, per_group, outputs = spec.kernel_shape
     gradient = grad.conv2d_weight(
@@ -223,11 +225,20 @@ def _is_channels_last(tensor: Any) -> bool:
         return False  # Inside `vmap` PyTorch cannot tell.
 
 
+def _without_unread(spec: ConvSpec, inputs: Any) -> tuple[ConvSpec, Any]:
+    """A strided 1x1 convolution without the inputs that it does not read, and without strides.
+
+    PyTorch 2.13 on a CPU computes the kernel gradient of strided 1x1 kernels from
+    memory that nobody has written, for some sizes and memory formats.
+    """
+    if spec.kernel_size != (1, 1) or spec.strides == (1, 1):
+        return spec, inputs
+    vertical, horizontal = spec.strides
+    unstrided = spec.replace(height=None, width=None, strides=(1, 1))
+    return unstrided, inputs[:, :, ::vertical, ::horizontal]
+
+
 def _pad(spec: ConvSpec, inputs: Any) -> tuple[Any, tuple[int, int]]:
-    if inputs.shape[1] == 1:
-        # One channel fits both memory formats. By a stride of 1 PyTorch 2.13 takes it for
-        # channels-last, whose kernel gradient of a strided 1x1 kernel is wrong on a CPU.
-        inputs = inputs.squeeze(1).unsqueeze(1)
     (top, bottom), (left, right) = spec.padding_for(tuple(inputs.shape[2:]))
     if top == bottom and left == right:
         return inputs, (top, left)

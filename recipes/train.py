@@ -387,12 +387,14 @@ def export_model(model: keras.Model, folder: pathlib.Path) -> str:
 @contextlib.contextmanager
 def quiet_logging() -> Iterator[None]:
     """Only warnings and errors are logged inside."""
-    former = logging.get_verbosity()
+    logger = logging.get_absl_logger()
+    # absl's own pair of functions is no round trip: it sets a level where there was none.
+    former = logger.level
     logging.set_verbosity(logging.WARNING)
     try:
         yield
     finally:
-        logging.set_verbosity(former)
+        logger.setLevel(former)
 
 
 def main(argv: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Marks and settings that all tests share."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -45,6 +46,15 @@ def pytest_collection_modifyitems(items):
 def pytest_unconfigure():
     if _CACHE:
         shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def absl_level():
+    """Each test starts with absl's logger as a new process has it; programs under test set levels."""
+    logger = logging.getLogger("absl")
+    logger.setLevel(logging.NOTSET)
+    yield
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(autouse=True)
 def absl_level():
-    """Each test starts with absl's logger as a new process has it; programs under test set levels."""
+    """Gives each test absl's logger as a new process has it: programs under test set its level."""
     logger = logging.getLogger("absl")
     logger.setLevel(logging.NOTSET)
     yield

@@ -3,11 +3,7 @@
 import dataclasses
 import itertools
 import json
-import os
-import pathlib
 import socket
-import subprocess
-import sys
 import types
 
 import keras
@@ -21,9 +17,9 @@ from diagconv_tf.layers import kernel_channels_axis
 from diagconv_tf.lowerings import why_not_sharded
 from diagconv_tf.tuning import keys
 from diagconv_tf.tuning.workloads import Workload
+from tests import forked
 from tests.numerics import BACKEND
 
-FOLDER = pathlib.Path(__file__).parent
 SPEC = ConvSpec(batch=4, height=6, width=5, groups=16, padding="same")
 
 #: Problem, lowering, and whether two devices can compute each its own channels.
@@ -59,22 +55,10 @@ DIVIDED_BATCHES = {
 EXCHANGES_IMAGES = {"all-gather", "all-to-all", "collective-permute"}
 
 
-def _run(script, *args):
-    environment = {"KERAS_BACKEND": BACKEND, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [sys.executable, "-m", f"tests.{script}", *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=FOLDER.parent,
-        env={**os.environ, **environment},
-    )
-
-
 def _result(process):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-6000:]
-    return json.loads(out.splitlines()[-1])
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors[-6000:]
+    return json.loads(output.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +66,7 @@ def found():
     cases = [(dataclasses.asdict(s), low, (1, 2)) for s, low, _ in KEPT.values()]
     cases += [(dataclasses.asdict(s), low, (2, 1)) for s, low in DIVIDED_BATCHES.values()]
     cases += [(dataclasses.asdict(SPEC), low, (2, 2)) for low in ("shifted", "diagonal:6")]
-    return _result(_run("on_devices", json.dumps(cases)))
+    return _result(forked.start("tests.on_devices", json.dumps(cases)))
 
 
 def on_devices(*backends):
@@ -236,7 +220,7 @@ def test_processes_get_the_plan_of_the_first():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    first, second = processes = [_run("on_processes", address, str(i)) for i in range(2)]
+    first, second = processes = [forked.start("tests.on_processes", address, i) for i in range(2)]
     try:
         first, second = _result(first), _result(second)
     finally:

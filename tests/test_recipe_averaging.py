@@ -8,9 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import zipfile
 
@@ -33,9 +31,8 @@ from recipes.checkpoints import Checkpoints
 from recipes.config import Config
 from recipes.distributing import Distribution
 from recipes.fitting import fit_from
-from tests import tiny_config
+from tests import forked, tiny_config
 
-ROOT = pathlib.Path(__file__).parents[1]
 BACKEND = keras.backend.backend()
 STEPS, BATCH, MOMENTUM = 7, 8, 0.6
 # These laws need no backend's own code: they are tested on one of them.
@@ -449,13 +446,12 @@ def on_each_device(model):
 @pytest.mark.slow
 @pytest.mark.backends("tensorflow", "jax")
 def test_two_devices_average_as_one():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    process = subprocess.run(
-        [sys.executable, "-m", __name__], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
-    found = json.loads(process.stdout)
-    one, two = on_devices(Distribution()), found["two"]
+    process = forked.start(__name__)
+    one = on_devices(Distribution())
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    found = json.loads(output)
+    two = found["two"]
     for name in ("averages", "weights", "logs", "final", "again"):
         assert_close(two[name], one[name], rtol=1e-3)
     for each in found.values():

@@ -12,7 +12,6 @@ import os
 import pathlib
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -33,10 +32,10 @@ from recipes.interruption import (
     NonFiniteLossError,
     TrainingInterrupted,
 )
+from tests import forked
 
 BACKEND = keras.backend.backend()
 STEPS, EPOCHS, BATCH = 5, 3, 4
-ROOT = pathlib.Path(__file__).parents[1]
 # These laws need no backend's own code: they are tested on one of them.
 one_backend = pytest.mark.backends("tensorflow")
 
@@ -216,8 +215,7 @@ def main():
         while not interruption.signal_name:
             time.sleep(0.05)
 
-    model = make_model(small=False)
-    _, error = train(model, arguments.folder / "saved", at=arguments.wait_at, action=wait)
+    _, error = train(make_model(), arguments.folder / "saved", at=arguments.wait_at, action=wait)
     print(error, file=sys.stderr)
     sys.exit(EXIT_INTERRUPTED)
 
@@ -698,40 +696,34 @@ def test_a_signal_before_the_first_step_saves_nothing(tmp_path):
 def script_that_waits(folder, step):
     """The process, when it has trained for so many steps."""
     (folder / "waiting").unlink(missing_ok=True)
-    with subprocess.Popen(
-        [sys.executable, "-m", __name__, str(folder), f"--wait_at={step}"],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            while not (folder / "waiting").exists():
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.05)
-            yield process
-        finally:
-            process.kill()
+    process = forked.start(__name__, folder, f"--wait_at={step}")
+    try:
+        while not (folder / "waiting").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
 
 
 @one_backend
 @pytest.mark.slow
-def test_killed_then_preempted_then_done(tmp_path):
+def test_killed_then_preempted_then_done(unbroken, tmp_path):
     with script_that_waits(tmp_path, STEPS + 2) as process:
         process.kill()
     assert [path.name for path in (tmp_path / "saved").iterdir()] == [f"step-{STEPS:08}.npz"]
 
     with script_that_waits(tmp_path, 2 * STEPS + 3) as process:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         errors = process.communicate()[1]
     assert process.returncode == EXIT_INTERRUPTED, errors
     path = tmp_path / "saved" / f"step-{2 * STEPS + 3:08}.npz"
     assert f"Interrupted by SIGTERM after step {2 * STEPS + 3}. The same command" in errors
     assert f"--resume goes on from {path}" in errors
 
-    log, _ = train(model := make_model(small=False, seed=1), tmp_path / "saved")
-    expected_log, _ = train(expected := make_model(small=False))
-    assert log.record == expected_log.record
-    assert_same_state(state(model), state(expected))
+    log, _ = train(model := make_model(seed=1), tmp_path / "saved")
+    assert log.record == unbroken[1]
+    assert_same_state(state(model), unbroken[0])
 
 
 if __name__ == "__main__":

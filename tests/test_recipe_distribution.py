@@ -8,8 +8,6 @@ import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -29,7 +27,7 @@ from recipes.data.sources import PixelExamples
 from recipes.distributing import Distribution
 from recipes.liveness import Liveness
 from recipes.processes import Processes, ProcessGroup
-from tests import tiny_config
+from tests import forked, tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_config.py"
@@ -118,9 +116,6 @@ def settings(folder, **changes):
 
 def command(folder, *arguments):
     return [
-        sys.executable,
-        "-m",
-        "recipes.train",
         f"--config={TINY}",
         f"--output_dir={folder}",
         "--distribution=data_parallel",
@@ -128,10 +123,8 @@ def command(folder, *arguments):
     ]
 
 
-def start(line, folder=ROOT):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(line, cwd=folder, env=environment, text=True, **pipes)
+def start(arguments, folder=ROOT):
+    return forked.start("recipes.train", *arguments, cwd=folder)
 
 
 def losses(folder):
@@ -154,17 +147,15 @@ def tiny(monkeypatch):
 @pytest.mark.backends("tensorflow", "jax")
 def test_two_devices_train_as_one(tiny, tmp_path):
     """With batch norms, whose statistics are those of the whole batch."""
-    running = start(
-        command(tmp_path, "--epochs=2", "--name=two", "--cpu_devices=2", "--compare=stock,shifted")
-    )
-    one = train.run_recipe(settings(tmp_path, name="one", compare=("stock", "shifted")), verbose=0)
-    output, _ = running.communicate(timeout=300)
-    assert running.returncode == 0, output
+    # Of one variant: what stock layers do on two devices is Keras's own.
+    running = start(command(tmp_path, "--epochs=2", "--name=two", "--cpu_devices=2"))
+    one = train.run_recipe(settings(tmp_path, name="one"), verbose=0)
+    codes, outputs = finish([running])
+    assert codes == [0], outputs
     expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert set(expected) == set(found) == {"stock", "shifted"}
-    for variant, values in expected.items():
-        assert len(values) == 10
-        np.testing.assert_allclose(found[variant], values, rtol=1e-4)
+    assert set(expected) == set(found) == {"shifted"}
+    assert len(expected["shifted"]) == 10
+    np.testing.assert_allclose(found["shifted"], expected["shifted"], rtol=1e-4)
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["restored_accuracy"] == pytest.approx(one.restored_accuracy, abs=2 / 360)
     assert report["restored_accuracy"] == report["variants"][-1]["test_accuracy"]
@@ -457,7 +448,7 @@ def start_group(folder, *arguments, machines=(ROOT, ROOT)):
 
 def finish(group, timeout=240):
     try:
-        outputs = [running.communicate(timeout=timeout)[0] for running in group]
+        outputs = ["".join(running.communicate(timeout)) for running in group]
     finally:
         for running in group:
             running.kill()

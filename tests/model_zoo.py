@@ -145,6 +145,50 @@ def subclassed():
     return model
 
 
+def nasnet():
+    """NASNetMobile with one cell where it has four, and narrow: the names of its scopes."""
+    from keras.src.applications.nasnet import NASNet
+
+    return NASNet(
+        (32, 32, 3),
+        penultimate_filters=96,
+        num_blocks=1,
+        stem_block_filters=8,
+        skip_reduction=False,
+        include_top=False,
+        weights=None,
+    )
+
+
+def convnext():
+    """ConvNeXtTiny with one block where it has three or nine, and narrow: layers of its own."""
+    from keras.src.applications.convnext import ConvNeXt
+
+    return ConvNeXt(
+        depths=[1, 1, 2, 1],
+        projection_dims=[8, 12, 16, 20],
+        include_top=False,
+        weights=None,
+        input_shape=(32, 32, 3),
+        name="convnext",
+    )
+
+
+def efficientnet():
+    """EfficientNetB0 with one block of each kind, and narrow."""
+    from keras.src.applications.efficientnet import EfficientNet
+
+    return EfficientNet(
+        width_coefficient=0.25,
+        depth_coefficient=0.1,
+        default_size=32,
+        include_top=False,
+        weights=None,
+        input_shape=(32, 32, 3),
+        name="efficientnet",
+    )
+
+
 #: name: (builder, how many layers can be rewritten)
 MODELS = {
     "sequential": (sequential, 3),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from diagconv_tf.copying import copy_model
+from tests import model_zoo
 
 BACKEND = keras.backend.backend()
 layers = keras.layers
@@ -1233,14 +1234,6 @@ def test_distribution_strategies():
     assert histories[0] == histories[1]
 
 
-def nasnet():
-    return keras.applications.NASNetMobile(weights=None, input_shape=(32, 32, 3), classes=2)
-
-
-def convnext():
-    return keras.applications.ConvNeXtTiny(weights=None, input_shape=(32, 32, 3), classes=2)
-
-
 def efficientnet():
     keras_hub = pytest.importorskip("keras_hub")
     return keras_hub.models.EfficientNetBackbone(
@@ -1285,7 +1278,7 @@ def mobilenet():
 
 @pytest.mark.slow
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("build", [nasnet, convnext, efficientnet, mobilenet])
+@pytest.mark.parametrize("build", [model_zoo.nasnet, model_zoo.convnext, efficientnet, mobilenet])
 def test_models_of_libraries(build):
     model = build()
     copied = copy_model(model)

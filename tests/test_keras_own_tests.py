@@ -11,6 +11,7 @@ import unittest
 import pytest
 
 from diagconv_tf import DiagonalwiseConv2D, DiagonalwiseDepthwiseConv2D, DiagonalwiseSeparableConv2D
+from tests.numerics import BACKEND, THOROUGH
 
 PLACES = {
     "depthwise_conv_test": ("DepthwiseConv2D", DiagonalwiseDepthwiseConv2D),
@@ -57,11 +58,18 @@ def stock_outcomes(module_name):
     return outcomes(reload(module_name))[0]
 
 
+# They are of the layers' interfaces, which know no lowering; what these compute has tests of
+# its own. So one on each backend is enough.
+LOWERINGS = {"tensorflow": ["diagonal:2"], "torch": ["shifted"]}
+if THOROUGH:
+    LOWERINGS = {backend: ["diagonal:2", "shifted"] for backend in LOWERINGS}
+
+
 # Keras's tests say nothing of backends that the lowerings' own tests do not;
 # compiling every one apart, JAX would take minutes.
 @pytest.mark.slow
 @pytest.mark.backends("tensorflow", "torch")
-@pytest.mark.parametrize("lowering", ["diagonal:2", "shifted"])
+@pytest.mark.parametrize("lowering", LOWERINGS.get(BACKEND, []))
 @pytest.mark.parametrize(
     "module_name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PLACES]
 )

@@ -9,6 +9,7 @@ import pytest
 from diagconv_tf import inspect_model, restore, rewrite
 from diagconv_tf.layers import LoweredLayer
 from diagconv_tf.model_tree import walk_layers
+from tests import model_zoo
 from tests.numerics import BACKEND, THOROUGH
 
 applications = keras.applications
@@ -92,10 +93,10 @@ MODELS = {
     "MobileNet": (functools.partial(_application, "MobileNet", alpha=0.25), 13),
     "MobileNetV2": (functools.partial(_application, "MobileNetV2", alpha=0.35), 17),
     "MobileNetV3Small": (functools.partial(_application, "MobileNetV3Small"), 11),
-    "EfficientNetB0": (functools.partial(_application, "EfficientNetB0"), 16),
+    "EfficientNet": (model_zoo.efficientnet, 7),
     "Xception": (functools.partial(_application, "Xception", size=71), 34),
-    "NASNetMobile": (functools.partial(_application, "NASNetMobile"), 160),
-    "ConvNeXtTiny": (functools.partial(_application, "ConvNeXtTiny"), 18),
+    "NASNet": (model_zoo.nasnet, None),
+    "ConvNeXt": (model_zoo.convnext, 5),
     "KerasHub MobileNet": (functools.partial(_keras_hub, "MobileNetBackbone", **_MOBILENET), None),
     "KerasHub EfficientNet": (
         functools.partial(_keras_hub, "EfficientNetBackbone", **_EFFICIENTNET),
@@ -106,6 +107,11 @@ MODELS = {
 }
 #: Further sizes of the same architectures.
 if THOROUGH:
+    MODELS |= {
+        "EfficientNetB0": (functools.partial(_application, "EfficientNetB0"), 16),
+        "NASNetMobile": (functools.partial(_application, "NASNetMobile"), 160),
+        "ConvNeXtTiny": (functools.partial(_application, "ConvNeXtTiny"), 18),
+    }
     MODELS |= {
         name: (functools.partial(_application, name), None)
         for name in (
@@ -118,6 +124,11 @@ if THOROUGH:
     }
     large = functools.partial(_application, "EfficientNetV2L")
     MODELS["EfficientNetV2L"] = (functools.partial(_in_float64, large), None)
+
+
+#: One of each kind of layer: what else is in a network is not the layer's matter. Uncompiled,
+#: those of the deepest networks take minutes.
+WITH_GRADIENTS = ("MobileNet", "ConvNeXt", "KerasHub Xception") if BACKEND == "tensorflow" else ()
 
 
 def ours(model):
@@ -196,10 +207,8 @@ def test_there_and_back(name):
     assert all(map(np.array_equal, outputs(restored, inputs), stock_outputs))
     del copy, restored
 
-    # Layer by layer and uncompiled, those of the deepest networks take minutes.
-    deep = name in ("NASNetMobile", "Xception") and not THOROUGH
     gradients = None
-    if BACKEND == "tensorflow" and not deep:
+    if name in WITH_GRADIENTS:
         gradients = input_gradient_and_weight_gradients(model, inputs)
     rewrite(model, "shifted", in_place=True)
     assert len(ours(model)) == len(rows)

@@ -42,7 +42,7 @@ class Process:
     def kill(self):
         self.send_signal(signal.SIGKILL)
 
-    def communicate(self, timeout=300):
+    def communicate(self, timeout=600):
         """`(standard output, standard error)`, when it has ended.
 
         Raises:
@@ -51,6 +51,7 @@ class Process:
         end = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > end:
+                self.kill()
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
             time.sleep(0.02)
         return tuple((self._folder / name).read_text() for name in ("out", "err"))

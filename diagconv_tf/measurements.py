@@ -311,7 +311,10 @@ class Workload:
 def _sums_of_passes(passes: Mapping[str, Mapping[str, Any]]) -> dict[str, Measured]:
     """Times of all passes, of which format 1 has one each: pass → candidate → times."""
     times: dict[str, Measured] = {}
+    # A few candidates were measured in some passes only.
     for name in next(iter(passes.values()), {}):
+        if not all(name in candidates for candidates in passes.values()):
+            continue
         found = [Measured.from_dict(candidates[name]) for candidates in passes.values()]
         error = next((m.error for m in found if m.error is not None), None)
         median = None if error else _round(sum(m.seconds for m in found))

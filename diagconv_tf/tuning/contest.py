@@ -12,7 +12,6 @@ them: JAX gives the state away with each step, so it is lost for all variants.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -217,7 +216,8 @@ class Contest:
             for place in walk_layers(self.model)
             if (rule := find_rule(place.layer, rules)) is not None
         }
-        self._variants: dict[str, _Compiled] = {}
+        #: Variant → what its layers are, and its training function.
+        self._variants: dict[str, tuple[list[LayerState], Any]] = {}
         self.first: dict[str, Measured] = {}
 
     def add(self, name: str, variant: Variant) -> Measured:
@@ -227,7 +227,7 @@ class Contest:
             for path, (layer, rule) in self._layers.items()
         ]
         recompile(self.model, "train")
-        self._variants[name] = _Compiled(states, self.model.train_function)
+        self._variants[name] = states, self.model.train_function
         try:
             self._steps.rewind()
         except Exception as error:  # Its optimizer cannot be built, say.
@@ -254,16 +254,7 @@ class Contest:
         )
 
     def _step(self, name: str) -> tuple[Any, Any]:
-        variant = self._variants[name]
-        for state in variant.states:
+        states, self.model.train_function = self._variants[name]
+        for state in states:
             state.set()
-        self.model.train_function = variant.train_function
         return self._steps.run()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Compiled:
-    """A variant: what its layers are, and its training function."""
-
-    states: list[LayerState]
-    train_function: Any

@@ -21,11 +21,11 @@ import numpy as np
 
 from diagconv_tf.environment import Conditions
 from diagconv_tf.inspection import Inspection
+from diagconv_tf.measurements import Workload
 from diagconv_tf.model_tree import walk_layers
 from diagconv_tf.rules import DEFAULT_RULES
 from diagconv_tf.tuning.cache import fingerprint
 from diagconv_tf.tuning.candidates import Variant
-from diagconv_tf.measurements import Workload
 
 #: Packages whose versions, which conditions hold, tell their code.
 _KNOWN_PACKAGES = ("builtins", "keras", "diagconv_tf", "tensorflow", "torch", "jax")

@@ -29,9 +29,6 @@ ROUNDS_SECONDS = 1.0
 #: to start one and to wait for it than a GPU computes. (Not measured yet.)
 CALLS_ON_DEVICE = 20
 
-#: A function of inputs and kernel.
-Convolution = Callable[[Any, Any], Any]
-
 
 def measure_alone(
     workload: Workload,
@@ -75,7 +72,7 @@ def random_tensors(spec: ConvSpec) -> list[Any]:
 
 
 def with_gradients(
-    convolution: Convolution, tensors: Sequence[Any], compiled: bool | None
+    convolution: Callable[[Any, Any], Any], tensors: Sequence[Any], compiled: bool | None
 ) -> Callable[[], tuple[Any, Any, Any]]:
     """The three passes of a convolution in one function; the gradients are the framework's.
 
@@ -88,13 +85,28 @@ def with_gradients(
         A function without arguments that returns outputs, input gradient and
         kernel gradient; its first call compiles.
     """
-    backend = keras.backend.backend()
-    if backend == "torch":
-        return _torch_passes(convolution, tensors, compiled)
-    if backend == "jax":
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if compiled:
+            convolution = torch.compile(convolution)
+        *arguments, g = (tensor.detach().clone() for tensor in tensors)
+
+        def run_eagerly() -> tuple[Any, Any, Any]:
+            y = convolution(*(tensor.requires_grad_() for tensor in arguments))
+            return y, *torch.autograd.grad(y, arguments, g)
+
+        return run_eagerly
+
+    if keras.backend.backend() == "jax":
         import jax
 
-        return functools.partial(jax.jit(functools.partial(_jax_passes, convolution)), *tensors)
+        def run_functionally(x: Any, k: Any, g: Any) -> tuple[Any, Any, Any]:
+            y, gradients = jax.vjp(convolution, x, k)
+            return y, *gradients(g)
+
+        return functools.partial(jax.jit(run_functionally), *tensors)
+
     import tensorflow as tf
 
     def run(x: Any, k: Any, g: Any) -> tuple[Any, Any, Any]:
@@ -109,30 +121,7 @@ def with_gradients(
     return lambda: concrete()(*tensors)
 
 
-def _jax_passes(convolution: Convolution, x: Any, k: Any, g: Any) -> tuple[Any, Any, Any]:
-    import jax
-
-    y, gradients = jax.vjp(convolution, x, k)
-    return y, *gradients(g)
-
-
-def _torch_passes(
-    convolution: Convolution, tensors: Sequence[Any], compiled: bool | None
-) -> Callable[[], tuple[Any, Any, Any]]:
-    import torch
-
-    if compiled:
-        convolution = torch.compile(convolution)
-    x, k, g = (tensor.detach().clone() for tensor in tensors)
-
-    def run() -> tuple[Any, Any, Any]:
-        y = convolution(x.requires_grad_(), k.requires_grad_())
-        return y, *torch.autograd.grad(y, (x, k), g)
-
-    return run
-
-
-def _convolution(workload: Workload, name: str) -> Convolution:
+def _convolution(workload: Workload, name: str) -> Callable[[Any, Any], Any]:
     """What a layer calls: with a lowering, or as `"stock"`."""
     spec = workload.spec
     if name != STOCK:

@@ -26,8 +26,9 @@ ERROR_RATE = 0.01
 #: differ by less than a factor of 2.)
 EARLY_ROUNDS = {3: 2.0, 5: 1.0}
 
-#: The share of `ERROR_RATE` that each of them spends; later rounds share the rest.
+#: The share of `ERROR_RATE` that each of them spends, and that of the last round.
 _EARLY_SHARE = 0.1
+_LATE_SHARE = 1 - _EARLY_SHARE * len(EARLY_ROUNDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +180,7 @@ def paired_ratio(samples: Sequence[float], reference: Sequence[float], error_rat
     first, second = _pairs(rounds)
     means = np.sort((logs[first] + logs[second]) / 2)
     middle = (means[len(means) // 2] + means[(len(means) - 1) // 2]) / 2
-    late_share = 1 - _EARLY_SHARE * len(EARLY_ROUNDS)
-    left_out = _left_out(rounds, error_rate * late_share)
+    left_out = _left_out(rounds, error_rate * _LATE_SHARE)
     if rounds in EARLY_ROUNDS:
         error = float(np.std(logs, ddof=1)) / math.sqrt(rounds)
         reach = _student_quantile(rounds - 1, error_rate * _EARLY_SHARE) * error
@@ -226,8 +226,7 @@ def _student_quantile(degrees: int, error_rate: float) -> float:
 def least_rounds(variants: int) -> int:
     """Rounds after which the signed-rank test can name one of so many variants faster."""
     rounds = 1
-    late_share = 1 - _EARLY_SHARE * len(EARLY_ROUNDS)
-    while _left_out(rounds, late_share * ERROR_RATE / max(variants, 1)) is None:
+    while _left_out(rounds, _LATE_SHARE * ERROR_RATE / max(variants, 1)) is None:
         rounds += 1
     return rounds
 

@@ -102,6 +102,15 @@ def test_nor_in_contests_of_many_rounds(own):
     assert share_of_wins({"a": 1.0}, own, last=31) <= ERROR_RATE + LUCK
 
 
+@pytest.mark.parametrize("own", ["little", "two speeds of a CPU"])
+def test_early_ends_spend_a_small_part_of_it(own):
+    rng = np.random.default_rng(0)
+    found = [until_decided(rng, {"a": 1.0}, NOISE[own], 31) for _ in range(TRIES)]
+    early = sum(s[STOCK].count in EARLY_ROUNDS and choose(s).name != STOCK for s in found)
+    rate = 0.2 * ERROR_RATE
+    assert early / TRIES <= rate + 3 * (rate / TRIES) ** 0.5
+
+
 @pytest.mark.parametrize("last", [None, 31])
 def test_a_gain_of_ten_percent_is_found_under_noise_that_rounds_share(last):
     ratios = {"faster": 0.9, "a": 1.0, "b": 1.1, "c": 1.5}

@@ -67,14 +67,19 @@ def tune(
     Stock and a few variants of the model train in turn for some steps each. A
     variant is chosen only if it is faster than stock, round by round: with a
     probability of at most 1 % any variant wins that is not
-    (`measurements.ratios_to_stock`). Nor can a variant win that computes wrong
-    numbers (`tuning.checking`). It takes the compilation of stock and of each
-    variant, and some seconds.
+    (`measurements.ratios_to_stock`). The steps end as soon as that is decided.
+    Nor can a variant win that computes wrong numbers: its workloads are
+    compared with float64 (`tuning.checking`). It takes the compilation of stock
+    and of each variant, and some seconds.
 
     The model is not changed; a copy of it is trained, with its loss and its
     optimizer. A model that is not compiled is tuned with a mean of squares and
-    plain gradient descent. Where there are several processes, all must call
-    this: the first one measures, the others wait for its plan.
+    plain gradient descent.
+
+    For a model of a `tf.distribute.Strategy`, or under a `keras.distribution`,
+    one replica's part of a batch is measured on one device. Where there are
+    several processes, all must call this: the first one measures, the others
+    wait for its plan.
 
     Args:
         model: a built model.
@@ -92,15 +97,24 @@ def tune(
         cache_dir: where contests are kept; None means what
             `DIAGCONV_CACHE_DIR` names, else the user's cache folder.
         refresh: measure again what the cache knows.
-        rules: which classes can be rewritten.
-        per_layer: measure each distinct workload alone, too, and let the choice
-            for each take part. It takes minutes more.
+        rules: which layer classes can become which.
+        per_layer: also measure each distinct workload alone, and let the best
+            choice for each compete. It takes minutes: a function is compiled
+            for each workload and lowering.
         clock: returns the time in seconds.
 
+    Returns:
+        A plan for `rewrite`, with all that was measured. Where nothing is
+        faster than stock, all its choices are `"stock"`, and its `reason` says
+        so.
+
     Raises:
-        ValueError: if an argument is out of range, if Keras runs the model
-            eagerly, if it cannot be called, trained or copied, or if its inputs
-            cannot be synthetic and `data` is None.
+        ValueError: if `model` is not a built Keras model or cannot be copied
+            faithfully, an argument is out of range, `data` is needed, or the
+            model cannot be trained; if Keras would run it eagerly; if the
+            replicas do not divide `batch_size`, or for a strategy with which
+            Keras cannot train.
+        RuntimeError: if the first process could not tune; the message says why.
     """
     check_whole_number("batch_size", batch_size, least=1)
     if budget_seconds is not None and not budget_seconds > 0:
@@ -213,7 +227,8 @@ class _Tuner:
     def __post_init__(self) -> None:
         uniform = candidates.contest_variants(self.inspection, self.conditions)
         self.variants: dict[str, Variant] = {STOCK: {}, **uniform}
-        self.progress = Console(stderr=True).status("tuning")
+        # A spinner that turned faster would take time from what is measured.
+        self.progress = Console(stderr=True).status("tuning", refresh_per_second=1)
 
     def run(self, per_layer: bool) -> Plan:
         workloads = candidates.distinct_workloads(self.inspection)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,17 @@ from diagconv_tf.timing import Timings
 #: How the error of a candidate begins that computes something else.
 WRONG_NUMBERS = "wrong numbers"
 
-#: The probability that a contest names any variant faster than stock that is not.
+#: The probability, at most, that a contest names any variant faster than stock that is not.
 ERROR_RATE = 0.01
+
+#: After so many rounds a contest may end early: number → factor by which the interval is
+#: widened. (Three samples agree by chance where each is one of two speeds of a CPU; those
+#: differ by less than a factor of 2.)
+EARLY_ROUNDS = {3: 2.0, 5: 1.0}
+
+#: The share of `ERROR_RATE` that each of them spends, and that of the last round.
+_EARLY_SHARE = 0.1
+_LATE_SHARE = 1 - _EARLY_SHARE * len(EARLY_ROUNDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +43,8 @@ class Measured:
         first_seconds: the first call, which traces and compiles.
         error: why there is no time; a failure is a result as well.
         samples: one of each round of a contest, in order; two variants of the
-            same contest are compared round by round. Empty where it dropped
-            out before the rounds, and in plans of format 1.
+            same contest are compared round by round. Fewer than stock's where
+            it was dropped; empty in plans of format 1.
     """
 
     median: float | None = None
@@ -47,15 +56,12 @@ class Measured:
     samples: tuple[float, ...] = ()
 
     @classmethod
-    def from_timings(
-        cls, timings: Timings, first_seconds: float | None = None, keep_samples: bool = False
-    ) -> Measured:
-        """Summarises samples, to 4 digits: more would be noise.
+    def from_timings(cls, timings: Timings, first_seconds: float | None = None) -> Measured:
+        """Summarises the samples of rounds, to 4 digits: more would be noise.
 
         Args:
             timings: samples or an error.
             first_seconds: replaces that of `timings`.
-            keep_samples: whether the samples are those of a contest's rounds.
         """
         first = timings.first_seconds if first_seconds is None else first_seconds
         if timings.error is not None:
@@ -66,7 +72,7 @@ class Measured:
             p90=_round(timings.p90),
             count=timings.count,
             first_seconds=_round(first),
-            samples=tuple(float(f"{s:.4g}") for s in timings.samples) if keep_samples else (),
+            samples=tuple(float(f"{s:.4g}") for s in timings.samples),
         )
 
     @classmethod
@@ -106,6 +112,11 @@ class Measured:
         return math.inf if self.error is not None or self.median is None else self.median
 
     @property
+    def ms(self) -> str:
+        """The median in milliseconds, as text; `"?"` where there is no time."""
+        return f"{1e3 * self.seconds:.4g}" if self.ok else "?"
+
+    @property
     def lasts(self) -> bool:
         """Whether another try would give the same: a time, or wrong numbers.
 
@@ -134,9 +145,7 @@ class Ratio:
         return f"{self.estimate:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def paired_ratio(
-    samples: tuple[float, ...], reference: tuple[float, ...], error_rate: float
-) -> Ratio:
+def paired_ratio(samples: Sequence[float], reference: Sequence[float], error_rate: float) -> Ratio:
     """Compares two variants round by round, so that noise of a whole round cancels.
 
     The ratios' logarithms are compared by Wilcoxon's signed-rank test, in the
@@ -147,28 +156,42 @@ def paired_ratio(
     equally long, swapping them changes a logarithm's sign only, so the test is
     exact for any distribution of times and any noise that a round shares.
 
+    It needs `least_rounds`. After fewer, `EARLY_ROUNDS`, the interval is
+    Student's, which assumes normally distributed logarithms.
+
     Args:
         samples: seconds of a variant, one a round.
-        reference: seconds of the other in the same rounds.
+        reference: seconds of the other in the same rounds. Where one has fewer
+            rounds, those are compared.
         error_rate: the probability, at most, that `high` lies below the true
-            ratio; the same holds for `low` above it.
+            ratio at any of the rounds at which a contest may end; the same
+            holds for `low` above it.
 
     Raises:
-        ValueError: if the numbers of rounds differ, or there is none.
+        ValueError: if one has no samples.
     """
-    if len(samples) != len(reference) or not samples:
+    rounds = min(len(samples), len(reference))
+    if not rounds:
         raise ValueError(
             "Expected two variants of the same rounds. Received: "
             f"{len(samples)} and {len(reference)} samples"
         )
-    logs = np.log(np.asarray(samples) / np.asarray(reference))
-    first, second = _pairs(len(logs))
+    logs = np.log(np.asarray(samples[:rounds]) / np.asarray(reference[:rounds]))
+    first, second = _pairs(rounds)
     means = np.sort((logs[first] + logs[second]) / 2)
-    left_out = _left_out(len(logs), error_rate)
-    ends = (-math.inf, math.inf) if left_out is None else (means[left_out], means[-1 - left_out])
-    low, high = (math.exp(end) for end in ends)
     middle = (means[len(means) // 2] + means[(len(means) - 1) // 2]) / 2
-    return Ratio(math.exp(middle), low, high, len(logs))
+    left_out = _left_out(rounds, error_rate * _LATE_SHARE)
+    if rounds in EARLY_ROUNDS:
+        error = float(np.std(logs, ddof=1)) / math.sqrt(rounds)
+        reach = _student_quantile(rounds - 1, error_rate * _EARLY_SHARE) * error
+        reach += math.log(EARLY_ROUNDS[rounds])
+        ends = (np.mean(logs) - reach, np.mean(logs) + reach)
+    elif left_out is not None:
+        ends = (means[left_out], means[-1 - left_out])
+    else:
+        ends = (-math.inf, math.inf)
+    low, high = (math.exp(end) if end < 700 else math.inf for end in ends)
+    return Ratio(math.exp(middle), low, high, rounds)
 
 
 _pairs = functools.cache(np.triu_indices)
@@ -188,9 +211,24 @@ def _left_out(rounds: int, error_rate: float) -> int | None:
     return int(possible[-1]) if len(possible) else None
 
 
+def _student_quantile(degrees: int, error_rate: float) -> float:
+    """What Student's t exceeds with a probability of `error_rate`, for 2 or 4 degrees of freedom.
+
+    (Shaw, Sampling Student's T distribution, Journal of Computational Finance
+    9 (2006) 37, section 2.)
+    """
+    alpha = 4 * error_rate * (1 - error_rate)
+    if degrees == 2:
+        return (1 - 2 * error_rate) * math.sqrt(2 / alpha)
+    return 2 * math.sqrt(math.cos(math.acos(math.sqrt(alpha)) / 3) / math.sqrt(alpha) - 1)
+
+
 def least_rounds(variants: int) -> int:
-    """Rounds that a contest of so many variants and stock needs for any of them to win."""
-    return math.ceil(math.log2(max(variants, 1) / ERROR_RATE))
+    """Rounds after which the signed-rank test can name one of so many variants faster."""
+    rounds = 1
+    while _left_out(rounds, _LATE_SHARE * ERROR_RATE / max(variants, 1)) is None:
+        rounds += 1
+    return rounds
 
 
 def ratios_to_stock(steps: Mapping[str, Measured]) -> dict[str, Ratio]:
@@ -203,28 +241,28 @@ def ratios_to_stock(steps: Mapping[str, Measured]) -> dict[str, Ratio]:
     Args:
         steps: variant → its times; `"stock"` among them.
     """
-    stock = steps.get(STOCK, Measured())
-    timed = {
-        name: step.samples
-        for name, step in steps.items()
-        if name != STOCK and len(step.samples) == len(stock.samples) > 0
-    }
+    stock = steps.get(STOCK, Measured()).samples
+    timed = {name: step.samples for name, step in steps.items() if name != STOCK and step.samples}
+    if not stock:
+        return {}
     return {
-        name: paired_ratio(samples, stock.samples, ERROR_RATE / len(timed))
+        name: paired_ratio(samples, stock, ERROR_RATE / len(timed))
         for name, samples in timed.items()
     }
 
 
 @dataclasses.dataclass(frozen=True)
-class WorkloadMeasurements:
-    """One workload of the model, the layers that have it, and what was measured of it alone.
+class Workload:
+    """One workload of a model, the layers that have it, and what was measured of it alone.
 
     Attributes:
         spec: the convolution.
         stock_op: what the stock layer runs: `"depthwise_conv"` or `"conv"`.
+            `Conv2D(groups=channels)` and `DepthwiseConv2D` may have equal
+            specs, but Keras runs different ops for them.
         layers: paths of the layers.
-        passes: pass → candidate (a lowering, or `"stock"`) → its times. Empty
-            unless `tune(per_layer=True)` measured it.
+        times: candidate (a lowering, or `"stock"`) → times of all three passes
+            together. Empty unless `tune(per_layer=True)` measured it.
         choice: what these times speak for; None where there are none. The
             contest of whole training steps may have decided otherwise.
         reason: why.
@@ -233,7 +271,7 @@ class WorkloadMeasurements:
     spec: ConvSpec
     stock_op: str
     layers: tuple[str, ...]
-    passes: Mapping[str, Mapping[str, Measured]] = dataclasses.field(default_factory=dict)
+    times: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
     choice: LoweringLike | None = None
     reason: str = ""
 
@@ -245,30 +283,42 @@ class WorkloadMeasurements:
             "layers": list(self.layers),
             "stock_op": self.stock_op,
             "spec": dataclasses.asdict(self.spec),
-            "passes": {
-                pass_name: {name: measured.to_dict() for name, measured in candidates.items()}
-                for pass_name, candidates in self.passes.items()
-            },
+            "times": {name: measured.to_dict() for name, measured in self.times.items()},
         }
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> WorkloadMeasurements:
-        """Reads what `to_dict` returned.
+    def from_dict(cls, fields: Mapping[str, Any]) -> Workload:
+        """Reads what `to_dict` returned, or a workload of a plan of format 1.
 
         Raises:
             KeyError, TypeError, ValueError: if it is something else.
         """
+        if "passes" in fields:
+            times = _sums_of_passes(fields["passes"])
+        else:
+            times = {name: Measured.from_dict(m) for name, m in fields["times"].items()}
         return cls(
             spec=ConvSpec.from_dict(fields["spec"]),
             stock_op=fields["stock_op"],
             layers=tuple(fields["layers"]),
-            passes={
-                pass_name: {name: Measured.from_dict(m) for name, m in candidates.items()}
-                for pass_name, candidates in fields["passes"].items()
-            },
+            times=times,
             choice=fields["choice"],
             reason=fields["reason"],
         )
+
+
+def _sums_of_passes(passes: Mapping[str, Mapping[str, Any]]) -> dict[str, Measured]:
+    """Times of all passes, of which format 1 has one each: pass → candidate → times."""
+    times: dict[str, Measured] = {}
+    # A few candidates were measured in some passes only.
+    for name in next(iter(passes.values()), {}):
+        if not all(name in candidates for candidates in passes.values()):
+            continue
+        found = [Measured.from_dict(candidates[name]) for candidates in passes.values()]
+        error = next((m.error for m in found if m.error is not None), None)
+        median = None if error else _round(sum(m.seconds for m in found))
+        times[name] = Measured(median=median, error=error)
+    return times
 
 
 def _round(seconds: float | None) -> float | None:

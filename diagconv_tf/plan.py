@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -20,12 +19,12 @@ from diagconv_tf.distribution import replicas_of
 from diagconv_tf.environment import Conditions
 from diagconv_tf.inspection import ConvolutionRow, inspect_as_built
 from diagconv_tf.lowerings import LoweringLike, parse
-from diagconv_tf.measurements import Measured, WorkloadMeasurements, ratios_to_stock
+from diagconv_tf.measurements import Measured, Workload, ratios_to_stock
 from diagconv_tf.spec import PASSES, STOCK, ConvSpec
 from diagconv_tf.text import as_text, to_readable_json
 
-#: Format 1 has `"problems"` for `"workloads"`, medians without the rounds' samples, and
-#: conditions without settings; it is read, too.
+#: Format 1 has `"problems"` for `"workloads"`, whose passes were measured one by one, medians
+#: without the rounds' samples, and conditions without settings; it is read, too.
 _FORMAT = 2
 
 
@@ -58,7 +57,7 @@ class Plan:
     overrides: Mapping[str, LoweringLike] = dataclasses.field(default_factory=dict)
     reason: str = ""
     batch_size: int | None = None
-    workloads: tuple[WorkloadMeasurements, ...] = ()
+    workloads: tuple[Workload, ...] = ()
     steps: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -145,7 +144,7 @@ class Plan:
                 # Plans written by hand have no measurements.
                 reason=fields.get("reason", ""),
                 batch_size=fields.get("batch_size"),
-                workloads=tuple(map(WorkloadMeasurements.from_dict, workloads)),
+                workloads=tuple(map(Workload.from_dict, workloads)),
                 steps={k: Measured.from_dict(v) for k, v in fields.get("steps", {}).items()},
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -230,8 +229,8 @@ def _steps_table(plan: Plan) -> Table:
         ratio = f"{step.seconds / stock.seconds:.2f}" if stock.ok else ""
         ratio = str(ratios.get(name, ratio))
         first = "" if step.first_seconds is None else f"{step.first_seconds:.1f}"
-        times = (_ms(step.seconds), _ms(step.p10), _ms(step.p90))
-        table.add_row(name, *times, ratio, str(step.count), first)
+        percentiles = ("?" if p is None else f"{1e3 * p:.4g}" for p in (step.p10, step.p90))
+        table.add_row(name, step.ms, *percentiles, ratio, str(step.count), first)
     return table
 
 
@@ -239,7 +238,7 @@ def _lowerings_table(plan: Plan) -> Table:
     table = Table(title="Lowerings", title_justify="left")
     for name in ("layer", "input", "kernel", "lowering"):
         table.add_column(name, overflow="fold")
-    measured = any(workload.passes for workload in plan.workloads)
+    measured = any(workload.times for workload in plan.workloads)
     if measured:  # Each workload alone.
         table.add_column("stock ms", justify="right")
         table.add_column("best ms", justify="right")
@@ -250,7 +249,9 @@ def _lowerings_table(plan: Plan) -> Table:
         lowering = plan.overrides.get(layers[0], plan.lowerings.get(spec, ""))
         cells = [name, spec.size_text, spec.window_text, _text(lowering)]
         if measured:
-            cells += [*_times(workload), _text(workload.choice or "")]
+            best = min(workload.times.values(), key=lambda m: m.seconds, default=Measured())
+            stock = workload.times.get(STOCK, Measured())
+            cells += [stock.ms, best.ms, _text(workload.choice or "")]
         table.add_row(*cells)
     shown = {workload.spec for workload in plan.workloads}
     for spec, lowering in plan.lowerings.items():
@@ -263,18 +264,5 @@ def _lowerings_table(plan: Plan) -> Table:
     return table
 
 
-def _times(workload: WorkloadMeasurements) -> tuple[str, str]:
-    """Milliseconds of the three passes: stock's, and the best of each summed."""
-    if not workload.passes:
-        return "", ""
-    stock = sum(workload.passes[name].get(STOCK, Measured()).seconds for name in PASSES)
-    best = sum(min(m.seconds for m in workload.passes[name].values()) for name in PASSES)
-    return _ms(stock), _ms(best)
-
-
 def _text(lowering: LoweringLike) -> str:
     return lowering if isinstance(lowering, str) else "/".join(lowering[name] for name in PASSES)
-
-
-def _ms(seconds: float | None) -> str:
-    return "?" if seconds in (None, math.inf) else f"{1e3 * seconds:.4g}"

@@ -3,16 +3,14 @@
 `time_interleaved` times candidates in turn. It waits for the device before it
 reads the clock (`synchronize`), keeps the first call apart because it compiles,
 and reports `Timings`: all samples in seconds, with median, p10 and p90.
-`first_samples` takes a few samples of each, to tell what is hopeless. `StepTimer`
-(step_timer.py) times the training steps of `fit` with the same clock.
+`StepTimer` (step_timer.py) times the training steps of `fit` with the same clock.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -128,7 +126,8 @@ def time_interleaved(
     warmup: int = 1,
     calls: int = 1,
     budget_seconds: float | None = None,
-    least_rounds: int = 1,
+    first_calls: bool = True,
+    select: Callable[[Mapping[str, Sequence[float]]], Collection[str]] | None = None,
     on_error: Callable[[], Any] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timings]:
@@ -154,9 +153,12 @@ def time_interleaved(
             wait for the host between them, as it does not in training. It must
             run them in their order.
         budget_seconds: Float or `None`. Once it is used up, first calls
-            included, the measuring ends with the round. All functions keep the
-            same number of samples.
-        least_rounds: Integer: rounds that are kept whatever the budget.
+            included, the measuring ends with the round.
+        first_calls: Whether to make the first calls; False means that the
+            caller has made them.
+        select: Function of all samples so far, or `None`. After each round it
+            returns the names that go on; none ends the measuring. Without it
+            all functions keep the same number of samples.
         on_error: Function without arguments, or `None`. It is called after a
             function has failed and before the next one runs, to rebuild what
             they share.
@@ -178,7 +180,6 @@ def time_interleaved(
     check_whole_number("rounds", rounds, least=1)
     check_whole_number("warmup", warmup, least=0)
     check_whole_number("calls", calls, least=1)
-    check_whole_number("least_rounds", least_rounds, least=1)
     if budget_seconds is not None and not budget_seconds > 0:
         raise ValueError(
             "Expected `budget_seconds` to be above 0 or None. "
@@ -190,10 +191,11 @@ def time_interleaved(
     first: dict[str, float] = {}
     errors: dict[str, Exception] = {}
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    selected: Collection[str] = functions
 
     def run_round(number: int, calls: int, keep: Callable[[str, float], Any]) -> None:
         for name in _rotated(list(functions), number):
-            if name in errors:
+            if name in errors or name not in selected:
                 continue
             try:
                 keep(name, _time(functions[name], calls, clock))
@@ -205,13 +207,16 @@ def time_interleaved(
     def budget_left() -> bool:
         return budget_seconds is None or clock() - start < budget_seconds
 
-    run_round(0, 1, first.__setitem__)
+    if first_calls:
+        run_round(0, 1, first.__setitem__)
     for number in range(warmup):
         if budget_left():
             run_round(number, calls, lambda name, seconds: None)
     for number in range(rounds):
-        if number < least_rounds or budget_left():
+        if selected and (number == 0 or budget_left()):
             run_round(number, calls, lambda name, seconds: samples[name].append(seconds))
+            if select is not None:
+                selected = select({n: s for n, s in samples.items() if n not in errors})
 
     return {
         name: Timings(
@@ -221,39 +226,6 @@ def time_interleaved(
         )
         for name in functions
     }
-
-
-#: A call of fewer seconds is repeated by `first_samples`: anything may interrupt one
-#: call, and of a long call the interruption is a small part.
-SHORT_SECONDS = 0.2
-_REPEATS = 4
-
-
-def first_samples(
-    functions: Mapping[str, Callable[[], Any]],
-    *,
-    calls: int = 1,
-    on_error: Callable[[], Any] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timings]:
-    """Times the first call, which compiles, and one sample of each function.
-
-    A function of less than `SHORT_SECONDS` has five samples. Arguments and
-    result are those of `time_interleaved`.
-    """
-    time_rounds = functools.partial(
-        time_interleaved, warmup=0, calls=calls, on_error=on_error, clock=clock
-    )
-    timings = time_rounds(functions, rounds=1)
-    short = {
-        name: function
-        for name, function in functions.items()
-        if timings[name].error is None and timings[name].samples[0] < SHORT_SECONDS
-    }
-    for name, again in time_rounds(short, rounds=_REPEATS).items():
-        samples = () if again.error else timings[name].samples + again.samples
-        timings[name] = dataclasses.replace(timings[name], samples=samples, error=again.error)
-    return timings
 
 
 def _rotated(names: list[str], number: int) -> list[str]:

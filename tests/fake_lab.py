@@ -4,7 +4,7 @@ import types
 
 from diagconv_tf.lowerings import parse
 from diagconv_tf.measurements import Measured
-from diagconv_tf.spec import PASSES, STOCK
+from diagconv_tf.spec import STOCK
 from diagconv_tf.tuning import tuner
 from tests.fake_clock import FakeClock
 
@@ -29,10 +29,10 @@ class FakeLab:
     """Replaces both benchmarks of `tuning`, and the check of numbers.
 
     Attributes:
-        layer: function of (workload, pass, candidate) that gives its times.
+        layer: function of (workload, candidate) that gives its times.
         step: function of (variant's name, path → lowering) that gives its times.
         wrong: lowerings that compute wrong numbers.
-        measured: `(workload, pass, candidate)` in the order of measuring.
+        measured: `(spec, stock op, candidate)` in the order of measuring.
         trained: `(name, variant)` in the order in which they were added.
         seconds: time that the measuring of one workload takes.
         first_step_seconds: time that a first step takes.
@@ -40,7 +40,7 @@ class FakeLab:
 
     def __init__(self, monkeypatch):
         self.clock = FakeClock()
-        self.layer = lambda workload, pass_name, name: took(1.0)
+        self.layer = lambda workload, name: took(1.0)
         self.step = lambda name, variant: took(1.0, first=1.0)
         self.wrong = set()
         self.checked = []
@@ -48,13 +48,12 @@ class FakeLab:
         self.trained = []
         self.seconds = 0.0
         self.first_step_seconds = 0.0
-        self.budgets = []
         lab = self
 
         def measure_alone(workload, names, conditions, clock):
             lab.clock.advance(lab.seconds)
-            lab.measured += [(workload, p, name) for p in PASSES for name in names]
-            return {p: {name: lab.layer(workload, p, name) for name in names} for p in PASSES}
+            lab.measured += [(workload.spec, workload.stock_op, name) for name in names]
+            return {name: lab.layer(workload, name) for name in names}
 
         class Contest:
             def __init__(self, model, batch_size, data, jit_compile, rules, clock):
@@ -67,9 +66,8 @@ class FakeLab:
                 self.first[name] = lab.step(name, variant)
                 return self.first[name]
 
-            def time(self, names, seconds):
-                lab.budgets.append(seconds)
-                return {name: self.first[name] for name in names}
+            def time(self, seconds):
+                return dict(self.first)
 
         def why_wrong(spec, lowering, conditions):
             lab.checked.append((spec, lowering))
@@ -84,10 +82,10 @@ class FakeLab:
         return dict(self.trained)
 
     def by_name(self, seconds, default=9.0):
-        """Sets `layer` by the candidate's name, or by `(pass, name)`."""
+        """Sets `layer` by the candidate's name."""
 
-        def layer(workload, pass_name, name):
-            value = seconds.get((pass_name, name), seconds.get(name, default))
+        def layer(workload, name):
+            value = seconds.get(name, default)
             return value if isinstance(value, Measured) else took(value)
 
         self.layer = layer

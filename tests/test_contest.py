@@ -1,6 +1,7 @@
 """Contests: training steps as `fit` runs them, and variants that take nothing from each other."""
 
 import dataclasses
+import itertools
 
 import keras
 import numpy as np
@@ -72,13 +73,15 @@ def test_samples_on_a_device_of_its_own_are_of_several_steps(monkeypatch):
     here = Conditions.current()
     on_gpu = dataclasses.replace(here, device_kind="gpu")
     monkeypatch.setattr(Conditions, "current", lambda *args: on_gpu)
+    monkeypatch.setattr(contest, "ROUNDS", 3)
     running = Contest(network(), 4, batch())
     run = running._steps.run
     running._steps.run = lambda: counts.append(1) or run()
-    assert running.add("other", {}).ok
-    # The first step and a sample; four more of a short one, after a step of their own.
-    steps = contest.STEPS_ON_DEVICE
-    assert len(counts) == 1 + steps + 1 + 4 * steps
+    for name in (STOCK, "other"):
+        assert running.add(name, {}).error is None
+    assert counts == [1, 1]
+    assert running.time()["other"].count == 3
+    assert len(counts) == 2 + 2 * 3 * contest.STEPS_ON_DEVICE
 
 
 # Variants.
@@ -101,19 +104,29 @@ def test_each_variant_of_the_model_runs_its_own_layers(monkeypatch, jit_compile)
     model.compile("sgd", "mse", jit_compile=jit_compile)
     # Another batch size each: "shifted" has functions that are kept.
     running = Contest(model, 4 + jit_compile, None, jit_compile)
-    monkeypatch.setattr(contest, "DROP_ABOVE", 1e9)
-    assert running.add(STOCK, {}).ok
+    monkeypatch.setattr(contest, "next_round", all_of_them)
+    monkeypatch.setattr(contest, "ROUNDS", 4)
+    assert running.add(STOCK, {}).first_seconds > 0
     assert calls == []
     for name in ("shifted", "dense"):
-        assert running.add(name, {"dw1": name}).ok
+        assert running.add(name, {"dw1": name}).first_seconds > 0
         assert set(calls) == {name}
         calls.clear()
-    steps = running.time([STOCK, "dense", "shifted"], seconds=1e-3)
+    steps = running.time()
     assert all(isinstance(step, Measured) and step.ok for step in steps.values())
-    # At least as many rounds as a decision needs, of all variants equally many.
-    assert {len(step.samples) for step in steps.values()} == {8}
+    assert {name: step.first_seconds > 0 for name, step in steps.items()} == {
+        STOCK: True,
+        "shifted": True,
+        "dense": True,
+    }
+    assert {len(step.samples) for step in steps.values()} == {4}
     # Eager PyTorch reads the layers at each call, and must find the variant's.
     assert set(calls) == ({"shifted", "dense"} if BACKEND == "torch" else set())
+
+
+def all_of_them(steps, seconds):
+    """In place of `next_round`: a contest that nothing but `ROUNDS` ends."""
+    return list(steps)
 
 
 class DiedError(Exception):
@@ -151,41 +164,69 @@ def dying(monkeypatch, after):
     monkeypatch.setattr(Diagonal, "forward", dies)
 
 
-@pytest.mark.parametrize("after", [1, 9], ids=["in its first step", "in a round"])
+@pytest.mark.parametrize("after", [1, 4], ids=["in its first step", "in a round"])
 def test_a_variant_that_dies_takes_no_other_with_it(monkeypatch, after):
     dying(monkeypatch, after)
-    monkeypatch.setattr(contest, "DROP_ABOVE", 1e9)
+    monkeypatch.setattr(contest, "next_round", all_of_them)
+    monkeypatch.setattr(contest, "ROUNDS", 5)
     running = Contest(network(), 4 + after, None, "auto")
-    assert running.add(STOCK, {}).ok
+    assert running.add(STOCK, {}).error is None
     added = running.add("dense", {"dw": "dense"})
-    assert added.ok == (after > 1), added
-    assert running.add("shifted", {"dw": "shifted"}).ok
-    steps = running.time([STOCK, "dense", "shifted"], seconds=1e-3)
+    assert (added.error is None) == (after > 1), added
+    assert running.add("shifted", {"dw": "shifted"}).error is None
+    steps = running.time()
     assert steps["dense"].error
     for name in (STOCK, "shifted"):
         assert steps[name].ok, steps[name]
-        assert len(steps[name].samples) >= 7
+        assert len(steps[name].samples) == 5
+
+
+# Rounds, by looked-up times.
+
+
+def run_rounds(seconds, limit=8.0):
+    """A contest of functions that take so long; a list is repeated."""
+    clock = FakeClock()
+
+    def function(times):
+        repeated = itertools.cycle(times if isinstance(times, list) else [times])
+        return lambda: clock.advance(next(repeated))
+
+    first = {
+        name: Measured.failed("no luck") if times is None else Measured(first_seconds=9.0)
+        for name, times in seconds.items()
+    }
+    functions = {name: times and function(times) for name, times in seconds.items()}
+    return contest.time_rounds(functions, first, seconds=limit, calls=1, clock=clock)
+
+
+#: One round in four takes one of them a fifth longer.
+UNSTEADY = [1.0, 1.0, 1.0, 1.2]
+
+#: Times of steps → rounds of each.
+ROUNDS = {
+    "far faster": ({STOCK: 3.0, "shifted": 1.0}, {STOCK: 3, "shifted": 3}),
+    "faster": ({STOCK: 3.0, "shifted": 2.0}, {STOCK: 5, "shifted": 5}),
+    "slower": ({STOCK: 3.0, "shifted": 4.0}, {STOCK: 5, "shifted": 5}),
+    "far slower": ({STOCK: 3.0, "shifted": 9.0}, {STOCK: 1, "shifted": 1}),
+    "equal": ({STOCK: 3.0, "shifted": 3.0}, {STOCK: 5, "shifted": 5}),
+    "unsteady": ({STOCK: UNSTEADY, "shifted": 1.1}, {STOCK: 7, "shifted": 7}),
+    "unsteady and short": ({STOCK: [0.01, 0.02], "shifted": 0.014}, {STOCK: 31, "shifted": 31}),
+    "stock is never dropped": ({STOCK: 9.0, "a": 1.0, "b": 1.0}, {STOCK: 5, "a": 5, "b": 5}),
+    "others are": ({STOCK: 9.0, "a": 1.0, "b": 2.5}, {STOCK: 3, "a": 3, "b": 1}),
+    "short ones later": ({STOCK: 0.6, "a": [0.06, 0.07], "b": 0.15}, {STOCK: 5, "a": 5, "b": 4}),
+    "stock fails": ({STOCK: None, "a": 1.0, "b": 1.5}, {STOCK: 0, "a": 5, "b": 5}),
+    "all others fail": ({STOCK: 1.0, "a": None}, {STOCK: 1, "a": 0}),
+}
 
 
 @pytest.mark.backends("tensorflow")
-def test_what_is_hopeless_is_dropped_after_its_first_samples(monkeypatch):
-    clock = FakeClock()
-    seconds = {STOCK: 10.0, "shifted": 1.0, "dense": 2.5}
-    running = Contest(network(), 4, batch(), clock=clock)
-    step = running._step
-
-    def slow(name):
-        clock.advance(seconds[name])
-        return step(name)
-
-    monkeypatch.setattr(running, "_step", slow)
-    for name in seconds:
-        running.add(name, {} if name == STOCK else {"dw": name})
-    steps = running.time(list(seconds), rounds=9, seconds=1e9)
-    # Stock never is.
-    assert {name: len(step.samples) for name, step in steps.items()} == {
-        STOCK: 9,
-        "shifted": 9,
-        "dense": 0,
+@pytest.mark.parametrize("name", ROUNDS)
+def test_a_contest_runs_as_many_rounds_as_its_decision_needs(name):
+    seconds, rounds = ROUNDS[name]
+    steps = run_rounds(seconds)
+    assert {name: len(step.samples) for name, step in steps.items()} == rounds
+    assert all(step.count == len(step.samples) for step in steps.values())
+    assert {name: step.first_seconds for name, step in steps.items() if step.ok} == {
+        name: 9.0 for name, times in seconds.items() if times
     }
-    assert {name: step.median for name, step in steps.items()} == seconds

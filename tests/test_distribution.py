@@ -15,8 +15,8 @@ from diagconv_tf import distribution as distributions
 from diagconv_tf.distribution import Replicas
 from diagconv_tf.layers import kernel_channels_axis
 from diagconv_tf.lowerings import why_not_sharded
+from diagconv_tf.measurements import Workload
 from diagconv_tf.tuning import keys
-from diagconv_tf.tuning.workloads import Workload
 from tests import forked
 from tests.numerics import BACKEND
 
@@ -332,7 +332,7 @@ def test_plans_from_before_there_were_replicas_load():
 
 
 def test_a_share_is_measured_once_whoever_has_the_rest():
-    workload = Workload(SPEC, "depthwise_conv")
+    workload = Workload(SPEC, "depthwise_conv", ())
     one, two = Conditions.current(True), Conditions.current(True, num_replicas=2)
     first, second = (keys.of_workload(workload, ["shifted"], where) for where in (one, two))
     assert first == second

@@ -8,10 +8,10 @@ import pytest
 from keras import layers
 
 from diagconv_tf import Conditions, ConvSpec, environment, inspect_model, rewrite
+from diagconv_tf.measurements import Workload
 from diagconv_tf.spec import STOCK
 from diagconv_tf.tuning import keys
 from diagconv_tf.tuning.cache import Cache
-from diagconv_tf.tuning.workloads import Workload
 from tests import model_zoo
 from tests.fake_lab import took
 from tests.numerics import BACKEND
@@ -212,9 +212,9 @@ def test_neither_paths_nor_lowerings_of_the_model_matter():
 @pytest.mark.backends("tensorflow")
 def test_a_workloads_key_has_all_candidates_that_are_measured_together():
     spec, here = ConvSpec(2, 8, 8, 4), Conditions.current(False)
-    base = keys.of_workload(Workload(spec, "conv"), [STOCK, "shifted"], here)
-    assert base != keys.of_workload(Workload(spec, "conv"), [STOCK, "shifted", "dense"], here)
-    assert base != keys.of_workload(Workload(spec, "depthwise_conv"), [STOCK, "shifted"], here)
+    base = keys.of_workload(Workload(spec, "conv", ()), [STOCK, "shifted"], here)
+    assert base != keys.of_workload(Workload(spec, "conv", ()), [STOCK, "shifted", "dense"], here)
+    assert base != keys.of_workload(Workload(spec, "depthwise_conv", ()), [STOCK, "shifted"], here)
     assert json.loads(json.dumps(base)) == base
 
 
@@ -285,7 +285,7 @@ def settings(monkeypatch, tmp_path):
 
 
 def test_what_the_process_has_set_is_a_condition(monkeypatch, tmp_path):
-    workload = Workload(ConvSpec(2, 8, 8, 4), "conv")
+    workload = Workload(ConvSpec(2, 8, 8, 4), "conv", ())
     monkeypatch.setattr(environment.backends.current(), "default_device", lambda: ("gpu", "Abacus"))
 
     def now():

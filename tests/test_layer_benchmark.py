@@ -7,13 +7,11 @@ import pytest
 
 from diagconv_tf import Conditions, ConvSpec
 from diagconv_tf.lowerings import Diagonal, Native, Shifted
-from diagconv_tf.measurements import WRONG_NUMBERS
+from diagconv_tf.measurements import Workload
 from diagconv_tf.spec import PASSES, STOCK
-from diagconv_tf.tuning import checking, layer_benchmark
-from diagconv_tf.tuning.layer_benchmark import measure_alone, measure_functions
-from diagconv_tf.tuning.workloads import Workload
+from diagconv_tf.tuning import checking, contest, layer_benchmark
+from diagconv_tf.tuning.layer_benchmark import measure_alone
 from tests import cases
-from tests.fake_clock import FakeClock
 from tests.numerics import BACKEND, expected, random_problem
 
 SMALL = ConvSpec(2, 6, 5, 4, padding="same")
@@ -24,7 +22,7 @@ HERE = dataclasses.replace(Conditions.current(False), compiled=False)
 
 @pytest.fixture
 def few_rounds(monkeypatch):
-    monkeypatch.setattr(layer_benchmark, "ROUNDS", 2)
+    monkeypatch.setattr(contest, "ROUNDS", 2)
 
 
 # Numbers.
@@ -95,6 +93,54 @@ def test_stock_that_is_broken_lets_nothing_pass(monkeypatch):
 
 
 @pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("name", cases.NAMED)
+def test_a_smaller_check_keeps_what_a_program_depends_on(name):
+    spec = cases.NAMED[name]
+    compiled = dataclasses.replace(HERE, device_kind="cpu", compiled=True)
+
+    def geometry(spec):
+        pads = spec.padding_for((spec.height, spec.width))
+        fixed = dataclasses.replace(spec, batch=1, height=99, width=99, groups=1)
+        return fixed, pads, spec.groups > 32, spec.groups % 32, spec.groups > 64
+
+    large = spec.replace(batch=64, height=spec.height + 40, width=spec.width + 36)
+    for wanted in (large, large.replace(groups=200), large.replace(groups=512), spec):
+        checked = checking.checked_size(wanted, compiled)
+        assert geometry(checked)[:4] == geometry(wanted)[:4]
+        assert checked.batch == min(wanted.batch, 2)
+        assert checked.groups < 96
+        for size, length, taps, rate, stride in zip(
+            (checked.height, checked.width),
+            (wanted.height, wanted.width),
+            spec.kernel_size,
+            spec.dilation_rate,
+            spec.strides,
+            strict=True,
+        ):
+            # Both borders, and not much more.
+            extent = (taps - 1) * rate + 1
+            assert size == length or 2 * extent <= size < 2 * extent + stride
+        # Libraries may choose by size.
+        for where in (
+            dataclasses.replace(compiled, compiled=False),
+            dataclasses.replace(compiled, device_kind="gpu"),
+        ):
+            kept = checking.checked_size(wanted, where)
+            assert kept == wanted.replace(batch=min(wanted.batch, 2))
+
+
+@pytest.mark.backends("tensorflow")
+def test_many_workloads_of_a_model_are_checked_at_one_size():
+    sizes = [(48, 32), (24, 144), (12, 192), (6, 384), (6, 576), (6, 960)]
+    compiled = dataclasses.replace(HERE, device_kind="cpu", compiled=True)
+    checked = {
+        checking.checked_size(ConvSpec(16, size, size, groups, padding="same"), compiled).groups
+        for size, groups in sizes
+    }
+    assert checked == {32, 64 + 16, 64}
+
+
+@pytest.mark.backends("tensorflow")
 def test_tf32_is_allowed_where_the_device_has_it():
     cpu = dataclasses.replace(HERE, device_kind="cpu")
     gpu = dataclasses.replace(HERE, device_kind="gpu", numeric_mode=(("tf32", "True"),))
@@ -108,45 +154,27 @@ def test_tf32_is_allowed_where_the_device_has_it():
 @pytest.mark.parametrize("stock_op", ["depthwise_conv", "conv"])
 def test_all_candidates_of_a_workload_are_measured(few_rounds, stock_op):
     names = [STOCK, "native", "shifted", "diagonal:2", "dense"]
-    measured = measure_alone(Workload(SMALL, stock_op), names, HERE)
-    assert list(measured) == list(PASSES)
-    for pass_name, found in measured.items():
-        assert list(found) == names
-        for name, result in found.items():
-            assert result.ok, (pass_name, name, result)
-            assert result.first_seconds > 0
+    measured = measure_alone(Workload(SMALL, stock_op, ()), names, HERE)
+    assert list(measured) == names
+    for name, result in measured.items():
+        assert result.error is None, (name, result)
+        assert result.first_seconds > 0
+    # Of the same rounds.
+    assert measured[STOCK].ok
 
 
-def test_what_is_wrong_or_raises_has_an_error_in_every_pass(few_rounds, monkeypatch):
+def test_what_raises_has_an_error_and_takes_no_other_with_it(few_rounds, monkeypatch):
     def fail(*args):
         raise RuntimeError("out of luck\nand more")
 
     monkeypatch.setattr(Diagonal, "forward", fail)
-    wrong = checking.why_wrong
-    monkeypatch.setattr(
-        checking, "why_wrong", lambda s, n, c: "a sum" if n == "shifted" else wrong(s, n, c)
-    )
-    workload = Workload(SMALL, "depthwise_conv")
+    workload = Workload(SMALL, "depthwise_conv", ())
     measured = measure_alone(workload, [STOCK, "dense", "shifted"], HERE)
-    for found in measured.values():
-        assert found[STOCK].ok
-        assert "out of luck" in found["dense"].error
-        assert "\n" not in found["dense"].error
-        assert not found["dense"].lasts
-        assert found["shifted"].error == f"{WRONG_NUMBERS}: a sum"
-        assert found["shifted"].lasts
-
-
-@pytest.mark.backends("tensorflow")
-def test_what_is_far_from_the_best_is_not_timed_further(monkeypatch):
-    clock = FakeClock()
-    seconds = {STOCK: 10.0, "native": 1.0, "shifted": 2.9}
-    functions = {name: lambda s=s: clock.advance(s) for name, s in seconds.items()}
-    monkeypatch.setattr(layer_benchmark, "ROUNDS", 5)
-    monkeypatch.setattr(layer_benchmark, "ROUNDS_SECONDS", 1e9)
-    measured = measure_functions(functions, 1, clock)
-    assert {name: m.count for name, m in measured.items()} == {STOCK: 1, "native": 5, "shifted": 5}
-    assert {name: m.median for name, m in measured.items()} == seconds
+    assert measured[STOCK].ok
+    assert measured["shifted"].error is None
+    assert "out of luck" in measured["dense"].error
+    assert "\n" not in measured["dense"].error
+    assert not measured["dense"].lasts
 
 
 @pytest.mark.backends("tensorflow")
@@ -154,11 +182,10 @@ def test_samples_on_a_device_of_its_own_are_of_several_calls(few_rounds, monkeyp
     counts = []
     on_gpu = dataclasses.replace(HERE, device_kind="gpu")
     monkeypatch.setattr(
-        layer_benchmark, "compile_passes", lambda *arguments: lambda: counts.append(1)
+        layer_benchmark, "with_gradients", lambda *arguments: lambda: counts.append(1)
     )
-    workload = Workload(SMALL, "depthwise_conv")
-    assert measure_alone(workload, [STOCK], on_gpu)["forward"][STOCK].ok
-    calls = layer_benchmark.CALLS_ON_DEVICE
-    # The first call and a sample; four more of a short one, after a call of their own;
-    # then, for the rounds, one call and two samples.
-    assert len(counts) == 3 * ((1 + calls) + (1 + 4 * calls) + (1 + 2 * calls))
+    monkeypatch.setattr(contest, "next_round", lambda steps, seconds: list(steps))
+    workload = Workload(SMALL, "depthwise_conv", ())
+    assert measure_alone(workload, [STOCK], on_gpu)[STOCK].ok
+    # The first call and two samples.
+    assert len(counts) == 1 + 2 * layer_benchmark.CALLS_ON_DEVICE

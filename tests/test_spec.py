@@ -9,9 +9,9 @@ import pytest
 
 from diagconv_tf import Conditions, ConvSpec, Plan, backends, environment
 from diagconv_tf.lowerings.diagonal import Diagonal, from_diagonal, to_diagonal
+from diagconv_tf.measurements import Workload
 from diagconv_tf.spec import same_padding
 from diagconv_tf.tuning import keys
-from diagconv_tf.tuning.workloads import Workload
 from tests import cases, reference
 from tests.numerics import BACKEND
 
@@ -126,7 +126,7 @@ def test_specs_and_conditions_are_values():
 
 
 def key(conditions):
-    return keys.of_workload(Workload(MOBILENET, "depthwise_conv"), ["shifted"], conditions)
+    return keys.of_workload(Workload(MOBILENET, "depthwise_conv", ()), ["shifted"], conditions)
 
 
 @pytest.mark.parametrize(

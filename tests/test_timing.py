@@ -1,5 +1,6 @@
 """Laws of the one clock, with a fake clock wherever time itself is not the point."""
 
+import functools
 import itertools
 import time
 
@@ -7,7 +8,7 @@ import keras
 import pytest
 
 from diagconv_tf import timing
-from diagconv_tf.timing import Timings, first_samples, synchronize, time_interleaved
+from diagconv_tf.timing import Timings, synchronize, time_interleaved
 from tests.fake_clock import FakeClock
 
 needs_tensorflow = pytest.mark.backends("tensorflow")
@@ -83,13 +84,40 @@ def test_budget_leaves_at_least_one_round():
     assert clock.now == 200.0
 
 
-def test_a_budget_does_not_cut_the_least_rounds():
+def test_who_goes_on_is_selected_after_each_round():
+    calls = []
+
+    def function(name):
+        if name == "bad":
+            raise ValueError("no luck")
+        calls.append(name)
+
+    seen = []
+
+    def select(samples):
+        seen.append({name: len(times) for name, times in samples.items()})
+        return {1: "abc", 2: "ac", 3: ""}[len(seen)]
+
+    functions = {name: functools.partial(function, name) for name in ("a", "b", "c", "bad")}
+    results = time_interleaved(functions, rounds=9, warmup=0, select=select)
+    assert {name: timing.count for name, timing in results.items()} == {
+        "a": 3,
+        "b": 2,
+        "c": 3,
+        "bad": 0,
+    }
+    assert seen == [{"a": 1, "b": 1, "c": 1}, {"a": 2, "b": 2, "c": 2}, {"a": 3, "b": 2, "c": 3}]
+    # The first calls, and three rounds.
+    assert "".join(calls) == "abc" + "abc" + "bca" + "ca"
+
+
+def test_first_calls_may_have_been_made():
     clock = FakeClock()
-    functions = {name: lambda: clock.advance(1.0) for name in "ab"}
     results = time_interleaved(
-        functions, rounds=100, budget_seconds=1.0, least_rounds=7, clock=clock
+        {"a": lambda: clock.advance(1.0)}, rounds=2, warmup=0, first_calls=False, clock=clock
     )
-    assert [results[name].count for name in "ab"] == [7, 7]
+    assert results["a"] == Timings((1.0, 1.0), first_seconds=None)
+    assert clock.now == 2.0
 
 
 def test_after_a_failure_what_functions_share_is_rebuilt_before_the_next_runs():
@@ -105,35 +133,6 @@ def test_after_a_failure_what_functions_share_is_rebuilt_before_the_next_runs():
     )
     assert events == ["fails", "rebuilt", "good", "good"]
     assert results["good"].count == 1
-
-
-def test_one_interruption_of_short_calls_hides_nothing():
-    clock = FakeClock()
-    # First calls, first samples, four more; then only long calls are not repeated.
-    seconds = {"short": [9.0, 0.15, 0.01, 0.01, 0.01, 0.01, 0.01], "long": [9.0, 0.5]}
-
-    def function(name):
-        return lambda: clock.advance(seconds[name].pop(0))
-
-    timings = first_samples({name: function(name) for name in seconds}, clock=clock)
-    assert seconds == {"short": [], "long": []}
-    assert timings["short"].first_seconds == pytest.approx(9.0)
-    assert timings["short"].median == pytest.approx(0.01)
-    assert timings["long"].median == pytest.approx(0.5)
-
-
-def test_what_fails_when_it_is_repeated_has_failed():
-    clock = FakeClock()
-    calls = iter([None, None, None, ValueError("no luck")])
-
-    def function():
-        clock.advance(0.01)
-        if error := next(calls):
-            raise error
-
-    timings = first_samples({"short": function}, clock=clock)["short"]
-    assert "no luck" in str(timings.error)
-    assert timings.samples == ()
 
 
 def test_wait_for_the_device_is_part_of_the_time(monkeypatch):

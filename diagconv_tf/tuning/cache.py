@@ -2,10 +2,8 @@
 
 A contest is what was measured together, in the same rounds; each has one small JSON
 file, which is written and read whole. So only times that were measured side by side are
-compared, and another candidate means another contest. The file's name is a hash of all
-that the times depend on, which the file also holds in words. Files are written aside and
-renamed: any number of processes may share a folder. An unusable folder or file costs one
-warning and a new measurement.
+compared. The file's name is a hash of all that the times depend on, which the file also
+holds in words. An unusable folder or file costs one warning and a new measurement.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from absl import logging
 
 from diagconv_tf import files
 from diagconv_tf.measurements import Measured
-from diagconv_tf.text import to_readable_json
+from diagconv_tf.text import summarize_error, to_readable_json
 
 #: Environment variable that names the folder if the argument does not.
 ENVIRONMENT_VARIABLE = "DIAGCONV_CACHE_DIR"
@@ -33,13 +31,7 @@ _FORMAT = 2
 
 @dataclasses.dataclass(frozen=True)
 class CacheEntry:
-    """One file of the cache.
-
-    Attributes:
-        path: the file.
-        key: what was measured, and where.
-        measured: name → times, of one contest.
-    """
+    """One file of the cache: what was measured, and where; and name → times of one contest."""
 
     path: pathlib.Path
     key: Mapping[str, Any]
@@ -47,11 +39,8 @@ class CacheEntry:
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types."""
-        return {
-            "path": str(self.path),
-            "key": dict(self.key),
-            "measured": {name: m.to_dict() for name, m in self.measured.items()},
-        }
+        measured = {name: m.to_dict() for name, m in self.measured.items()}
+        return {"path": str(self.path), "key": dict(self.key), "measured": measured}
 
 
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -67,8 +56,7 @@ class Cache:
     nothing tells what they depend on the key is None, and nothing is kept.
 
     Args:
-        cache_dir: the folder; None means `DIAGCONV_CACHE_DIR`, or the user's
-            cache folder. It is created when something is written.
+        cache_dir: as for `cache_folder`; created when something is written.
         refresh: whether `read` finds nothing, so that everything is measured again.
     """
 
@@ -81,41 +69,28 @@ class Cache:
         """Name → times of the contest with this key; empty where there is none."""
         if key is None or self.refresh:
             return {}
-        path = self._path(key)
-        try:
-            return dict(_read(path).measured)
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            self._warn("read", path, error)
-            return {}
+        entry = self._read(self._path(key))
+        return {} if entry is None else dict(entry.measured)
 
     def write(self, key: Mapping[str, Any] | None, measured: Mapping[str, Measured]) -> None:
         """Keeps a contest; it replaces the one that was there."""
         if key is None:
             return
         path = self._path(key)
-        content = CacheEntry(path, key, measured).to_dict()
+        content = {"format": _FORMAT, **CacheEntry(path, key, measured).to_dict()}
         del content["path"]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            files.write_text(path, to_readable_json({"format": _FORMAT, **content}))
+            files.write_text(path, to_readable_json(content))
         except OSError as error:
             self._warn("written", path, error)
 
     def entries(self) -> Iterator[CacheEntry]:
         """Yields all entries that can be read, in the order of their file names."""
-        for path in self._files():
-            try:
-                yield _read(path)
-            except (OSError, ValueError) as error:
-                self._warn("read", path, error)
+        return filter(None, map(self._read, self._files()))
 
     def clear(self) -> int:
-        """Removes all entries, readable or not.
-
-        Returns:
-            The number of removed entries.
+        """Removes all entries, readable or not, and returns how many they were.
 
         Raises:
             OSError: if one cannot be removed.
@@ -133,7 +108,21 @@ class Cache:
             return []
 
     def _path(self, key: Mapping[str, Any]) -> pathlib.Path:
-        return self.folder / f"{key['what']}-{_hash(key)}.json"
+        return self.folder / f"{key['what']}-{fingerprint(key)}.json"
+
+    def _read(self, path: pathlib.Path) -> CacheEntry | None:
+        """An entry; None, with a warning, where the file is not one, and where there is none."""
+        try:
+            fields = json.loads(path.read_text())
+            measured = {name: Measured.from_dict(m) for name, m in fields["measured"].items()}
+            if fields["format"] != _FORMAT or path != self._path(fields["key"]):
+                raise ValueError("of another format, or not what its name says")
+            return CacheEntry(path, fields["key"], measured)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._warn("read", path, error)
+            return None
 
     def _warn(self, done: str, path: pathlib.Path, error: Exception) -> None:
         if not self._warned:
@@ -142,30 +131,12 @@ class Cache:
                 "%s: %s",
                 done,
                 path,
-                " ".join(str(error).split()),
+                summarize_error(error),
             )
         self._warned = True
 
 
 def fingerprint(value: Any) -> str:
-    """A short hash of something in JSON's types."""
-    return _hash(value)[:12]
-
-
-def _hash(value: Any) -> str:
+    """A hash of something in JSON's types."""
     text = json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _read(path: pathlib.Path) -> CacheEntry:
-    fields = json.loads(path.read_text())
-    try:
-        if fields["format"] != _FORMAT:
-            raise ValueError(f"another format: {fields['format']!r}")
-        measured = {name: Measured.from_dict(m) for name, m in fields["measured"].items()}
-        key = fields["key"]
-        if path.stem != f"{key['what']}-{_hash(key)}":
-            raise ValueError("the content is not that of the name")
-        return CacheEntry(path, key, measured)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not an entry of the cache: {error!r}") from error

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+import keras
 
 from diagconv_tf.environment import Conditions
+from diagconv_tf.inspection import ConvolutionRow, Inspection
 from diagconv_tf.lowerings import LoweringLike, parse, why_not
-from diagconv_tf.spec import PASSES, STOCK
-from diagconv_tf.tuning.workloads import LayersOfWorkload, Workload
+from diagconv_tf.measurements import Workload
+from diagconv_tf.spec import PASSES, STOCK, ConvSpec
 
 #: Layer path → lowering; a layer that is not named is stock.
 Variant = Mapping[str, LoweringLike]
@@ -32,35 +35,45 @@ _OWN_KERNEL_GRADIENT: dict[str, str] = {
 }
 
 
-def contest_variants(
-    groups: Sequence[LayersOfWorkload], conditions: Conditions
-) -> dict[str, Variant]:
+def distinct_workloads(inspection: Inspection) -> list[Workload]:
+    """The workloads of the layers that can be rewritten, the most FLOPs first."""
+    rows_of: dict[tuple[ConvSpec, str], list[ConvolutionRow]] = {}
+    for row, spec, stock_op in _eligible(inspection):
+        rows_of.setdefault((spec, stock_op), []).append(row)
+    flops = {key: sum(row.flops or 0 for row in rows) for key, rows in rows_of.items()}
+    return [
+        Workload(*key, layers=tuple(row.path for row in rows_of[key]))
+        for key in sorted(rows_of, key=lambda key: -flops[key])
+    ]
+
+
+def contest_variants(inspection: Inspection, conditions: Conditions) -> dict[str, Variant]:
     """The variants of a whole model that are timed against stock.
 
     Each gives all layers one choice; layers that it does not suit stay stock.
     What compiles slowly comes last.
 
     Args:
-        groups: the layers of the model by workload.
+        inspection: of the model.
         conditions: where the model will train.
 
     Returns:
         Name → variant, without empty ones and repetitions.
     """
+    layers = _eligible(inspection)
 
     def variant(lowering: LoweringLike) -> dict[str, LoweringLike]:
         return {
             row.path: found
-            for group in groups
-            if (found := _plainest(group.workload, lowering, conditions)) is not None
-            for row in group.rows
-            if not any(why_not(spec, found) for spec in row.specs)
+            for row, spec, stock_op in layers
+            if (found := _plainest(spec, stock_op, lowering, conditions)) is not None
+            and not any(why_not(spec, found) for spec in row.specs)
         }
 
     lowerings: list[LoweringLike] = ["native", "shifted"]
     if conditions.device_kind != "cpu":
         lowerings += ["diagonal_grouped:32", _OWN_KERNEL_GRADIENT, "diagonal:32"]
-    elif len(variant("shifted")) < sum(len(group.rows) for group in groups):
+    elif len(variant("shifted")) < len(layers):
         # Where "shifted" suits all layers, "diagonal:32" has nothing to win on a CPU, and
         # compiles longest. (MobileNetV1: 1.37 and 1.48 times shifted's step under XLA, with
         # 3.0 and 4.5 times stock's compilation; uncompiled 1.31 and 1.55 of stock's step:
@@ -80,15 +93,35 @@ def layer_candidates(workload: Workload, conditions: Conditions) -> list[str]:
     if conditions.device_kind == "cpu" and conditions.compiled:
         # XLA:CPU takes seconds for the kernel gradient of grouped convolutions.
         names.remove("diagonal_grouped:32")
-    found = (_plainest(workload, name, conditions) for name in names)
+    found = (_plainest(workload.spec, workload.stock_op, name, conditions) for name in names)
     return [STOCK, *dict.fromkeys(name for name in found if isinstance(name, str))]
 
 
+def _eligible(inspection: Inspection) -> list[tuple[ConvolutionRow, ConvSpec, str]]:
+    """The layers that can be rewritten, with their workloads: spec and stock op."""
+    return [
+        (row, spec, "conv" if isinstance(row.layer, keras.layers.Conv2D) else "depthwise_conv")
+        for row in inspection.rows
+        if row.eligible and (spec := row.main_spec) is not None
+    ]
+
+
+def _native_is_stock(spec: ConvSpec, stock_op: str) -> bool:
+    """Whether the lowering `"native"` runs what stock runs."""
+    return (
+        stock_op == "depthwise_conv"
+        and spec.is_depthwise
+        # Elsewhere frameworks and Keras differ in what their op takes, or in layouts.
+        and spec.strides[0] == spec.strides[1]
+        and (max(spec.strides) == 1 or max(spec.dilation_rate) == 1)
+        and keras.backend.backend() != "torch"
+    )
+
+
 def _plainest(
-    workload: Workload, lowering: LoweringLike, conditions: Conditions
+    spec: ConvSpec, stock_op: str, lowering: LoweringLike, conditions: Conditions
 ) -> LoweringLike | None:
     """`lowering` in its plainest form; None where it is not possible, sensible or new."""
-    spec = workload.spec
     if isinstance(lowering, str):
         _, _, width = lowering.partition(":")
         if width and int(width) < 2 * spec.input_channels_per_group:
@@ -98,7 +131,7 @@ def _plainest(
     shifts = math.prod(spec.kernel_size) * spec.input_channels_per_group
     most_shifts = MOST_SHIFTS_COMPILED if conditions.compiled else MOST_SHIFTS_UNCOMPILED
     senseless = (
-        (lowering == "native" and workload.native_is_stock)
+        (lowering == "native" and _native_is_stock(spec, stock_op))
         or (lowering == "dense" and spec.input_channels > MOST_DENSE_CHANNELS)
         or (lowering == "shifted" and shifts > most_shifts)
     )

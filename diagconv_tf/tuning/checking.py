@@ -3,7 +3,7 @@
 The reference is NumPy in float64, written from the definition, so it needs neither
 stock nor native to be right. What is checked is what a layer runs, `convolve` and its
 gradients by the framework, compiled as the training step is, for every distinct
-workload of the variant that would win.
+workload of the variant that would win, at the size that `checked_size` gives.
 """
 
 from __future__ import annotations
@@ -17,30 +17,61 @@ from keras import ops
 from diagconv_tf.environment import Conditions
 from diagconv_tf.lowerings import LoweringLike, convolve, parse
 from diagconv_tf.spec import PASSES, ConvSpec
-from diagconv_tf.tuning.passes import compile_passes, random_tensors
+from diagconv_tf.tuning.layer_benchmark import random_tensors, with_gradients
 
 #: Images in a batch that is checked: enough for sums over the batch. More would cost
 #: memory and time of the reference.
 IMAGES = 2
+
+#: More channel groups than these two are left out, but for those beyond a multiple of the
+#: first: it is the width of blocks in a contest. `lowerings` treats up to 32 in other ways.
+_BLOCK, _GROUPS = 32, 64
+
+
+def checked_size(spec: ConvSpec, conditions: Conditions) -> ConvSpec:
+    """The workload that is checked for `spec`: the same computation, of fewer numbers.
+
+    Under XLA on a CPU a check is the compilation of a program, which depends on
+    kernel, strides, dilation, padding on each side, and blocks of channels with
+    their rest. Those are kept, and many workloads of a model become one.
+    Elsewhere libraries may choose other code for other sizes, and checks take
+    less time: there only the batch is made smaller.
+
+    Args:
+        spec: a workload whose sizes are known.
+        conditions: where it runs.
+    """
+    spec = spec.replace(batch=min(spec.batch or IMAGES, IMAGES))
+    if not (conditions.compiled and conditions.device_kind == "cpu"):
+        return spec
+    height, width = (
+        # Whole strides are left out, and two kernels remain: one at each border.
+        size - max(0, (size - 2 * ((taps - 1) * rate + 1)) // stride) * stride
+        for size, taps, rate, stride in zip(
+            (spec.height or 1, spec.width or 1),
+            spec.kernel_size,
+            spec.dilation_rate,
+            spec.strides,
+            strict=True,
+        )
+    )
+    groups = min(spec.groups, _GROUPS + spec.groups % _BLOCK)
+    return spec.replace(height=height, width=width, groups=groups)
 
 
 def why_wrong(spec: ConvSpec, lowering: LoweringLike, conditions: Conditions) -> str:
     """What is wrong with the numbers of a lowering; empty where nothing is.
 
     Args:
-        spec: a workload whose sizes are known; at most `IMAGES` of its batch
-            are computed.
+        spec: a workload as `checked_size` returns it.
         lowering: as a layer's `lowering`.
         conditions: whether to compile, and what the device may round to.
     """
-    spec = spec.replace(batch=min(spec.batch or IMAGES, IMAGES))
     choice = parse(lowering)
     tensors = random_tensors(spec)
     # The reference has the same rounded inputs.
     wanted = reference(spec, *map(_to_float64, tensors))
-    run = compile_passes(
-        lambda x, k: convolve(spec, choice, x, k), PASSES, tensors, bool(conditions.compiled)
-    )
+    run = with_gradients(lambda x, k: convolve(spec, choice, x, k), tensors, conditions.compiled)
     for pass_name, value, want in zip(PASSES, run(), wanted, strict=True):
         most = choice.for_pass(pass_name).tolerance(spec, pass_name, conditions.allows_tf32)
         error = np.linalg.norm(_to_float64(value) - want) / max(float(np.linalg.norm(want)), 1e-30)

@@ -1,15 +1,20 @@
-"""Chooses by measured times; runs nothing."""
+"""Decides by measured times, during a contest and after it; runs nothing."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Generic, TypeVar
 
-from diagconv_tf.lowerings import LoweringLike, parse
-from diagconv_tf.measurements import Measured, Ratio, ratios_to_stock
-from diagconv_tf.spec import PASSES, STOCK
+from diagconv_tf.measurements import (
+    EARLY_ROUNDS,
+    ERROR_RATE,
+    Measured,
+    Ratio,
+    least_rounds,
+    paired_ratio,
+    ratios_to_stock,
+)
+from diagconv_tf.spec import STOCK
 
 #: A first step (or compilation) that takes up to this many times stock's is not counted.
 MOST_FIRST_STEPS = 3.0
@@ -20,19 +25,24 @@ PAY_BACK_STEPS = 1000
 #: A gain of less than this share of stock's time is not worth a rewritten model.
 LEAST_GAIN = 0.02
 
-_Name = TypeVar("_Name")
+#: A variant that takes so many times as long as the best is dropped; stock is not.
+DROP_ABOVE = 2.0
+
+#: But not before it has run so long: anything may interrupt a short step, and of long ones
+#: the interruption is a small part.
+DROP_AFTER_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice(Generic[_Name]):
-    """A lowering or the name of a variant, and why it was chosen."""
+class Choice:
+    """The name of a variant, or of a workload's candidate, and why it was chosen."""
 
-    name: _Name
+    name: str
     reason: str
 
 
-def choose_variant(steps: Mapping[str, Measured]) -> Choice[str]:
-    """The variant of the whole model to train with.
+def choose(steps: Mapping[str, Measured]) -> Choice:
+    """The variant to train with.
 
     A variant wins over stock where the whole confidence interval of its paired
     ratio lies below 1 (`ratios_to_stock`: with a probability of at least 99 %
@@ -48,19 +58,17 @@ def choose_variant(steps: Mapping[str, Measured]) -> Choice[str]:
         if not others:
             return Choice(STOCK, f"no variant runs; stock: {stock.error}")
         name = min(others, key=lambda name: others[name].seconds)
-        return Choice(name, f"a step takes {_ms(others[name].seconds)}; stock fails: {stock.error}")
+        return Choice(name, f"a step takes {others[name].ms} ms; stock fails: {stock.error}")
     ratios = ratios_to_stock(steps)
     if not ratios:
-        return Choice(
-            STOCK, f"a step takes {_ms(stock.seconds)}; no other variant was timed beside it"
-        )
-    costs = {name: _cost(steps[name], stock, ratio.estimate) for name, ratio in ratios.items()}
+        return Choice(STOCK, f"a step takes {stock.ms} ms; no other variant was timed beside it")
+    costs = {name: _cost(steps[name], stock, ratio) for name, ratio in ratios.items()}
     objections = {name: _objection(ratios[name], costs[name], stock) for name in ratios}
     winners = [name for name, objection in objections.items() if not objection]
     name = min(winners or ratios, key=lambda name: costs[name])
     best = steps[name]
     text = (
-        f"a step takes {_ms(stock.seconds)} stock, {_ms(best.seconds)} {name}: {ratios[name]} of "
+        f"a step takes {stock.ms} ms stock, {best.ms} ms {name}: {ratios[name]} of "
         f"stock; the first {stock.first_seconds or 0:.1f} s and {best.first_seconds or 0:.1f} s"
     )
     return Choice(name, text) if winners else Choice(STOCK, f"{text}: {objections[name]}")
@@ -77,60 +85,52 @@ def _objection(ratio: Ratio, cost: float, stock: Measured) -> str:
     return ""
 
 
-def choose_lowering(
-    passes: Mapping[str, Mapping[str, Measured]], native_is_stock: bool
-) -> Choice[LoweringLike]:
-    """The lowering that the times of one workload speak for.
-
-    It takes the fastest candidate of each pass, without a test: the contest of
-    whole training steps decides whether that is faster than stock.
-
-    Args:
-        passes: pass → candidate → times; `"stock"` among the candidates.
-        native_is_stock: whether the lowering `"native"` runs what stock runs,
-            so that it has stock's times.
-
-    Returns:
-        The fastest lowering of each pass, as one string where they agree; or
-        `"stock"`.
-    """
-    best: dict[str, str] = {}
-    seconds, stock_seconds = 0.0, 0.0
-    for pass_name in PASSES:
-        stock = passes[pass_name][STOCK]
-        costs = {name: _cost(m, stock) for name, m in passes[pass_name].items() if name != STOCK}
-        if native_is_stock:
-            costs["native"] = _cost(stock, stock)
-        best[pass_name] = min(costs, key=lambda name: costs[name], default=STOCK)
-        seconds += costs.get(best[pass_name], math.inf)
-        stock_seconds += stock.seconds
-    choice: LoweringLike = best if len(set(best.values())) > 1 else best[PASSES[0]]
-    if seconds == math.inf:
-        return Choice(STOCK, "no lowering runs all passes")
-    if (choice == "native" and native_is_stock) or seconds >= stock_seconds:
-        return Choice(STOCK, f"stock is the fastest: {_ms(stock_seconds)}")
-    than = f"stock's {_ms(stock_seconds)}" if stock_seconds < math.inf else "stock, which fails"
-    return Choice(choice, f"{parse(choice)}: {_ms(seconds)} against {than}")
-
-
-def _cost(candidate: Measured, stock: Measured, ratio: float | None = None) -> float:
-    """Seconds of a call, with what its compilation has to pay back.
+def _cost(variant: Measured, stock: Measured, ratio: Ratio) -> float:
+    """Seconds of a step, with what its compilation has to pay back.
 
     Where compiling takes more than `MOST_FIRST_STEPS` times as long as it does
-    for stock, the difference is divided by `PAY_BACK_STEPS`. So a
-    candidate that costs less than stock has paid it back by then.
+    for stock, the difference is divided by `PAY_BACK_STEPS`. So a variant that
+    costs less than stock has paid it back by then.
+    """
+    first, stock_first = variant.first_seconds or 0.0, stock.first_seconds or 0.0
+    extra = first - stock_first if first > MOST_FIRST_STEPS * stock_first else 0.0
+    return ratio.estimate * stock.seconds + extra / PAY_BACK_STEPS
+
+
+def next_round(steps: Mapping[str, Measured], seconds: float) -> list[str]:
+    """The variants that run in the next round of a contest; none where it ends.
+
+    Variants far from the best are dropped. The contest ends when nobody else is
+    left; after the rounds of `EARLY_ROUNDS`, if the choice is clear by then;
+    or when its seconds are used up and the signed-rank test can decide.
 
     Args:
-        candidate: its times.
-        stock: stock's times.
-        ratio: of the paired times, which replaces the ratio of the medians.
+        steps: variant → its times so far, of those that have not failed.
+        seconds: how long all rounds may take together.
     """
-    seconds = candidate.seconds if ratio is None else ratio * stock.seconds
-    first = candidate.first_seconds or 0.0
-    stock_first = (stock.first_seconds or 0.0) if stock.ok else first
-    extra = first - stock_first if first > MOST_FIRST_STEPS * stock_first else 0.0
-    return seconds + extra / PAY_BACK_STEPS
+    rounds = max((step.count for step in steps.values()), default=0)
+    fastest = {name: min(step.samples) for name, step in steps.items()}
+    most = DROP_ABOVE * min(fastest.values(), default=0.0)
+    left = [
+        name
+        for name, step in steps.items()
+        if step.count == rounds
+        and (name == STOCK or fastest[name] <= most or sum(step.samples) < DROP_AFTER_SECONDS)
+    ]
+    if len(left) < 2:
+        return []
+    if rounds in EARLY_ROUNDS:
+        return [] if _is_clear({name: steps[name] for name in left}, len(steps) - 1) else left
+    spent = sum(sum(step.samples) for step in steps.values())
+    can_decide = rounds >= least_rounds(len(steps) - 1)
+    return [] if can_decide and spent >= seconds else left
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.4g} ms"
+def _is_clear(steps: Mapping[str, Measured], variants: int) -> bool:
+    """Whether the chosen variant is surely as fast as all others, or faster."""
+    name = choose(steps).name if STOCK in steps else min(steps, key=lambda n: steps[n].seconds)
+    return all(
+        paired_ratio(step.samples, steps[name].samples, ERROR_RATE / variants).low > 1 - LEAST_GAIN
+        for other, step in steps.items()
+        if other != name
+    )

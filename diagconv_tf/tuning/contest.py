@@ -12,10 +12,9 @@ them: JAX gives the state away with each step, so it is lost for all variants.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -27,31 +26,77 @@ from diagconv_tf import keras_internals
 from diagconv_tf.class_swap import LayerState, become, recompile
 from diagconv_tf.copying import copy_model
 from diagconv_tf.environment import Conditions
-from diagconv_tf.measurements import Measured, least_rounds
+from diagconv_tf.measurements import Measured
 from diagconv_tf.model_tree import walk_layers
 from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
 from diagconv_tf.spec import STOCK
-from diagconv_tf.timing import first_samples, time_interleaved
+from diagconv_tf.timing import Timings, synchronize, time_interleaved
 from diagconv_tf.tuning.candidates import Variant
+from diagconv_tf.tuning.choosing import next_round
 from diagconv_tf.tuning.sample_batch import sample_batch
 
-#: Timed rounds of the variants that are left after their first samples.
+#: Rounds of a contest, at most.
 ROUNDS = 31
 
-#: The rounds end after so many seconds, but not before those that a decision needs
-#: (`measurements.least_rounds`).
+#: The rounds end after so many seconds, but not before those that a decision needs.
 ROUNDS_SECONDS = 8.0
 
 #: Steps in a sample where the device is not the host: as in `fit`, the host is ahead
 #: of it. (No GPU has been measured yet.)
 STEPS_ON_DEVICE = 5
 
-#: A variant whose first timed steps took so many times as long as the best other's
-#: is dropped; stock is not.
-DROP_ABOVE = 2.0
-
 #: Rate of the descent that an uncompiled model is tuned with.
 _LEARNING_RATE = 1e-3
+
+
+def time_first_call(function: Callable[[], Any], clock: Callable[[], float]) -> Measured:
+    """The seconds of a call that traces and compiles, or its error."""
+    start = clock()
+    try:
+        synchronize(function())
+    except Exception as error:
+        return Measured.failed(error)
+    return Measured(first_seconds=clock() - start)
+
+
+def time_rounds(
+    functions: Mapping[str, Callable[[], Any]],
+    first: Mapping[str, Measured],
+    *,
+    seconds: float,
+    calls: int,
+    clock: Callable[[], float],
+    on_error: Callable[[], Any] | None = None,
+) -> dict[str, Measured]:
+    """Times functions in turn until `choosing.next_round` ends the contest.
+
+    Args:
+        functions: name → function without arguments; `"stock"` among them.
+        first: name → its first call; what failed there does not run again.
+        seconds: the rounds end after so many, if a decision is possible.
+        calls: calls one after another that a sample is the mean of.
+        clock: returns the time in seconds.
+        on_error: as for `time_interleaved`.
+    """
+
+    def measured(name: str, timings: Timings) -> Measured:
+        return Measured.from_timings(timings, first[name].first_seconds)
+
+    def select(samples: Mapping[str, Sequence[float]]) -> Collection[str]:
+        steps = {name: measured(name, Timings(tuple(s))) for name, s in samples.items()}
+        return next_round(steps, seconds / calls)
+
+    timings = time_interleaved(
+        {name: function for name, function in functions.items() if first[name].error is None},
+        rounds=ROUNDS,
+        warmup=0,
+        calls=calls,
+        first_calls=False,
+        select=select,
+        on_error=on_error,
+        clock=clock,
+    )
+    return {n: measured(n, timings[n]) if n in timings else first[n] for n in functions}
 
 
 class TrainingSteps:
@@ -132,6 +177,10 @@ class Contest:
         rules: which layers can be rewritten.
         clock: returns the time in seconds.
 
+    Attributes:
+        batch: what it trains on.
+        first: variant → its first step, or the error of it.
+
     Raises:
         ValueError: if no faithful copy can be made, or no inputs synthesised.
     """
@@ -161,77 +210,51 @@ class Contest:
         self._steps = TrainingSteps(
             self.model, self.batch.x, self.batch.y, self.batch.sample_weight
         )
-        on_host = Conditions.current().device_kind == "cpu"
-        self._how: dict[str, Any] = {
-            "calls": 1 if on_host else STEPS_ON_DEVICE,
-            "on_error": self._steps.rewind,
-            "clock": clock,
-        }
+        self._clock = clock
         self._layers = {
             place.path: (place.layer, rule)
             for place in walk_layers(self.model)
             if (rule := find_rule(place.layer, rules)) is not None
         }
-        self._variants: dict[str, _Compiled] = {}
+        #: Variant → what its layers are, and its training function.
+        self._variants: dict[str, tuple[list[LayerState], Any]] = {}
         self.first: dict[str, Measured] = {}
 
     def add(self, name: str, variant: Variant) -> Measured:
-        """Compiles a variant, and returns the times of its first steps, or its error."""
+        """Compiles a variant, and returns the time of its first step, or its error."""
         states = [
             become(layer, rule, variant.get(path, STOCK))
             for path, (layer, rule) in self._layers.items()
         ]
         recompile(self.model, "train")
-        self._variants[name] = _Compiled(states, self.model.train_function)
+        self._variants[name] = states, self.model.train_function
         try:
             self._steps.rewind()
         except Exception as error:  # Its optimizer cannot be built, say.
             self.first[name] = Measured.failed(error)
         else:
-            timings = first_samples({name: lambda: self._step(name)}, **self._how)[name]
-            self.first[name] = Measured.from_timings(timings)
+            self.first[name] = time_first_call(lambda: self._step(name), self._clock)
         return self.first[name]
 
-    def time(
-        self,
-        names: Sequence[str],
-        rounds: int = ROUNDS,
-        seconds: float = ROUNDS_SECONDS,
-    ) -> dict[str, Measured]:
-        """Times the training steps of variants that were added, in turn.
+    def time(self, seconds: float = ROUNDS_SECONDS) -> dict[str, Measured]:
+        """Times the training steps of all variants that were added, in turn.
 
         Args:
-            names: the variants, `"stock"` among them.
-            rounds: timed steps of each.
             seconds: the rounds end after so many, if a decision is possible.
         """
-        measured = {name: self.first[name] for name in names}
-        most = DROP_ABOVE * min((measured[name].seconds for name in names), default=0.0)
-        left = [n for n in names if measured[n].ok and (n == STOCK or measured[n].seconds <= most)]
-        timings = time_interleaved(
-            {name: functools.partial(self._step, name) for name in left},
-            rounds=rounds,
-            warmup=0,
-            budget_seconds=seconds,
-            least_rounds=least_rounds(len(left) - 1),
-            **self._how,
+        if any(first.error is None for first in self.first.values()):
+            self._steps.rewind()  # A first step may have failed.
+        return time_rounds(
+            {name: functools.partial(self._step, name) for name in self.first},
+            self.first,
+            seconds=seconds,
+            calls=1 if Conditions.current().device_kind == "cpu" else STEPS_ON_DEVICE,
+            clock=self._clock,
+            on_error=self._steps.rewind,
         )
-        for name in left:
-            first_seconds = self.first[name].first_seconds
-            measured[name] = Measured.from_timings(timings[name], first_seconds, keep_samples=True)
-        return measured
 
     def _step(self, name: str) -> tuple[Any, Any]:
-        variant = self._variants[name]
-        for state in variant.states:
+        states, self.model.train_function = self._variants[name]
+        for state in states:
             state.set()
-        self.model.train_function = variant.train_function
         return self._steps.run()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Compiled:
-    """A variant: what its layers are, and its training function."""
-
-    states: list[LayerState]
-    train_function: Any

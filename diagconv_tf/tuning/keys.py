@@ -21,11 +21,11 @@ import numpy as np
 
 from diagconv_tf.environment import Conditions
 from diagconv_tf.inspection import Inspection
+from diagconv_tf.measurements import Workload
 from diagconv_tf.model_tree import walk_layers
 from diagconv_tf.rules import DEFAULT_RULES
 from diagconv_tf.tuning.cache import fingerprint
 from diagconv_tf.tuning.candidates import Variant
-from diagconv_tf.tuning.workloads import Workload
 
 #: Packages whose versions, which conditions hold, tell their code.
 _KNOWN_PACKAGES = ("builtins", "keras", "diagconv_tf", "tensorflow", "torch", "jax")
@@ -37,7 +37,12 @@ def of_workload(
     workload: Workload, candidates: list[str], conditions: Conditions
 ) -> dict[str, Any]:
     """The key of one workload's times, with all candidates that are measured together."""
-    fields = {**dataclasses.asdict(workload), "candidates": candidates, **_where(conditions)}
+    fields = {
+        "spec": dataclasses.asdict(workload.spec),
+        "stock_op": workload.stock_op,
+        "candidates": candidates,
+        **_where(conditions),
+    }
     return {"what": "workload", **_plain(fields)}
 
 

@@ -1,39 +1,33 @@
-"""Times the candidates for one workload, pass by pass, as training would run them.
+"""One convolution with both gradients, as a training step runs it; times of its candidates.
 
-Compiled like the training step: `tf.function` with or without XLA, `jax.jit`, or eager
-PyTorch. What is timed is what a layer calls, `convolve`, and its gradients by the
-framework; for stock it is Keras's own op.
+Compiled like the training step: `tf.function` with or without XLA, `jax.jit`, eager
+PyTorch or `torch.compile`. What is timed is what a layer calls, `convolve`, and its
+gradients by the framework; for stock it is Keras's own op.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
+import numpy as np
 from keras import ops
 
 from diagconv_tf.environment import Conditions
 from diagconv_tf.lowerings import convolve, parse
-from diagconv_tf.measurements import WRONG_NUMBERS, Measured
-from diagconv_tf.spec import PASSES, STOCK
-from diagconv_tf.timing import first_samples, time_interleaved
-from diagconv_tf.tuning import checking
-from diagconv_tf.tuning.passes import Convolution, compile_passes, random_tensors
-from diagconv_tf.tuning.workloads import Workload
+from diagconv_tf.measurements import Measured, Workload
+from diagconv_tf.spec import STOCK, ConvSpec
+from diagconv_tf.tuning.contest import time_first_call, time_rounds
 
-#: Timed rounds of the candidates that are left after their first samples.
-ROUNDS = 15
-
-#: The rounds of one pass end after so many seconds, but not before the first.
+#: The rounds of one workload end after so many seconds, if a decision is possible.
 ROUNDS_SECONDS = 1.0
 
 #: Calls in a sample where the device is not the host, because the host may take longer
 #: to start one and to wait for it than a GPU computes. (Not measured yet.)
 CALLS_ON_DEVICE = 20
-
-#: What takes so many times as long as the best in its first samples is dropped.
-DROP_ABOVE = 3.0
 
 
 def measure_alone(
@@ -41,55 +35,93 @@ def measure_alone(
     names: Sequence[str],
     conditions: Conditions,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, dict[str, Measured]]:
-    """Times of candidates for the three passes of a workload, on inputs on the device.
-
-    What fails, or computes wrong numbers, has an error in place of a time; what is
-    far from the best has few samples.
+) -> dict[str, Measured]:
+    """Times of candidates for a workload, all passes together, on inputs on the device.
 
     Args:
         workload: the workload; its sizes must be known.
-        names: lowerings, or `"stock"`.
+        names: lowerings, and `"stock"`.
         conditions: whether to compile, and for which device.
         clock: returns the time in seconds.
 
     Returns:
-        Pass → candidate → its times, in the order of `names`.
+        Candidate → its times, or its error, in the order of `names`.
     """
-    failed = {name: _failure(workload, name, conditions) for name in names}
-    right = [name for name in names if failed[name] is None]
     tensors = random_tensors(workload.spec)
-    calls = 1 if conditions.device_kind == "cpu" else CALLS_ON_DEVICE
-    found: dict[str, dict[str, Measured]] = {}
-    for pass_name in PASSES:
-        functions = {
-            name: compile_passes(
-                convolution(workload, name), (pass_name,), tensors, bool(conditions.compiled)
-            )
-            for name in right
-        }
-        timed = measure_functions(functions, calls, clock)
-        found[pass_name] = {name: failed[name] or timed[name] for name in names}
-    return found
-
-
-def measure_functions(
-    functions: Mapping[str, Callable[[], Any]], calls: int, clock: Callable[[], float]
-) -> dict[str, Measured]:
-    """Times of functions; only those near the best after the first samples run in rounds."""
-    first = first_samples(functions, calls=calls, clock=clock)
-    measured = {name: Measured.from_timings(timings) for name, timings in first.items()}
-    most = DROP_ABOVE * min((m.seconds for m in measured.values()), default=0.0)
-    left = {n: functions[n] for n, m in measured.items() if m.ok and m.seconds <= most}
-    again = time_interleaved(
-        left, rounds=ROUNDS, warmup=0, calls=calls, budget_seconds=ROUNDS_SECONDS, clock=clock
+    functions = {
+        name: with_gradients(_convolution(workload, name), tensors, conditions.compiled)
+        for name in names
+    }
+    return time_rounds(
+        functions,
+        {name: time_first_call(function, clock) for name, function in functions.items()},
+        seconds=ROUNDS_SECONDS,
+        calls=1 if conditions.device_kind == "cpu" else CALLS_ON_DEVICE,
+        clock=clock,
     )
-    for name, timings in again.items():
-        measured[name] = Measured.from_timings(timings, measured[name].first_seconds)
-    return measured
 
 
-def convolution(workload: Workload, name: str) -> Convolution:
+def random_tensors(spec: ConvSpec) -> list[Any]:
+    """Inputs, kernel and output gradient, normally distributed, the same on each call."""
+    rng = np.random.default_rng(0)
+    shapes = (spec.input_shape, spec.kernel_shape, spec.output_shape)
+    return [
+        ops.convert_to_tensor(rng.standard_normal(shape, dtype="float32"), spec.compute_dtype)
+        for shape in shapes
+    ]
+
+
+def with_gradients(
+    convolution: Callable[[Any, Any], Any], tensors: Sequence[Any], compiled: bool | None
+) -> Callable[[], tuple[Any, Any, Any]]:
+    """The three passes of a convolution in one function; the gradients are the framework's.
+
+    Args:
+        convolution: function of inputs and kernel.
+        tensors: inputs, kernel and output gradient.
+        compiled: whether XLA (or torch.compile) compiles them; JAX always does.
+
+    Returns:
+        A function without arguments that returns outputs, input gradient and
+        kernel gradient; its first call compiles.
+    """
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if compiled:
+            convolution = torch.compile(convolution)
+        *arguments, g = (tensor.detach().clone() for tensor in tensors)
+
+        def run_eagerly() -> tuple[Any, Any, Any]:
+            y = convolution(*(tensor.requires_grad_() for tensor in arguments))
+            return y, *torch.autograd.grad(y, arguments, g)
+
+        return run_eagerly
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        def run_functionally(x: Any, k: Any, g: Any) -> tuple[Any, Any, Any]:
+            y, gradients = jax.vjp(convolution, x, k)
+            return y, *gradients(g)
+
+        return functools.partial(jax.jit(run_functionally), *tensors)
+
+    import tensorflow as tf
+
+    def run(x: Any, k: Any, g: Any) -> tuple[Any, Any, Any]:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([x, k])
+            y = convolution(x, k)
+        return y, *tape.gradient(y, (x, k), g)
+
+    function = tf.function(run, autograph=False, jit_compile=bool(compiled))
+    # Not by calling `function`: TensorFlow warns of many such functions.
+    concrete = functools.cache(lambda: function.get_concrete_function(*tensors))
+    return lambda: concrete()(*tensors)
+
+
+def _convolution(workload: Workload, name: str) -> Callable[[Any, Any], Any]:
     """What a layer calls: with a lowering, or as `"stock"`."""
     spec = workload.spec
     if name != STOCK:
@@ -105,14 +137,3 @@ def convolution(workload: Workload, name: str) -> Convolution:
         return lambda x, k: ops.conv(x, k, **arguments)
     shape = (*spec.kernel_size, spec.groups, spec.output_channels_per_group)
     return lambda x, k: ops.depthwise_conv(x, ops.reshape(k, shape), **arguments)
-
-
-def _failure(workload: Workload, name: str, conditions: Conditions) -> Measured | None:
-    """Why a lowering is not timed; None where it is right."""
-    if name == STOCK:
-        return None
-    try:
-        wrong = checking.why_wrong(workload.spec, name, conditions)
-    except Exception as error:
-        return Measured.failed(error)
-    return Measured.failed(f"{WRONG_NUMBERS}: {wrong}") if wrong else None

@@ -61,50 +61,51 @@ def sample_batch(model: keras.Model, batch_size: int, data: Any = None) -> Sampl
         ValueError: if the inputs cannot be synthetic.
     """
     rng = np.random.default_rng(0)
-    x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+    x, y, weight = keras.tree.map_structure(
+        lambda value: _resized(value, batch_size),
+        keras.utils.unpack_x_y_sample_weight(data),
+    )
     synthetic = []
     if x is None:
         check_synthetic_inputs(model, batch_size)
-        declared = tracing.symbolic_inputs(model, batch_size)
-        x = keras.tree.map_structure(lambda tensor: rng.normal(size=tensor.shape), declared)
-        x = keras.tree.map_structure(_to_tensor, x, keras.tree.map_structure(_dtype, declared))
+        x = keras.tree.map_structure(
+            lambda tensor: _to_tensor(rng.normal(size=tensor.shape), tensor.dtype),
+            tracing.symbolic_inputs(model, batch_size),
+        )
         synthetic.append("x")
-    else:
-        x = keras.tree.map_structure(lambda value: _resized(value, batch_size), x)
     if y is None:
         y = _synthetic_targets(model, x, rng)
         synthetic.append("y")
-    else:
-        y = keras.tree.map_structure(lambda value: _resized(value, batch_size), y)
-    if weight is not None:
-        weight = keras.tree.map_structure(lambda value: _resized(value, batch_size), weight)
     return SampleBatch(x, y, weight, tuple(synthetic))
 
 
 def _synthetic_targets(model: keras.Model, x: Any, rng: np.random.Generator) -> Any:
-    symbolic = keras.tree.map_structure(lambda v: keras.KerasTensor(v.shape, _dtype(v)), x)
+    def target(output: keras.KerasTensor, loss: Any) -> Any:
+        if _is_sparse(loss):
+            return _to_tensor(rng.integers(0, output.shape[-1], output.shape[:-1]), "int32")
+        return _to_tensor(rng.uniform(0.1, 0.9, output.shape), output.dtype)
+
+    symbolic = keras.tree.map_structure(
+        lambda v: keras.KerasTensor(v.shape, keras.backend.standardize_dtype(v.dtype)), x
+    )
     outputs = model.compute_output_spec(symbolic)
     flat = keras.tree.flatten(outputs)
-    targets = []
-    for output, loss in zip(flat, _losses(model, outputs, len(flat)), strict=True):
-        if _is_sparse(loss):
-            classes = output.shape[-1]
-            targets.append(_to_tensor(rng.integers(0, classes, output.shape[:-1]), "int32"))
-        else:
-            targets.append(_to_tensor(rng.uniform(0.1, 0.9, output.shape), _dtype(output)))
-    return keras.tree.pack_sequence_as(outputs, targets)
+    return keras.tree.pack_sequence_as(
+        outputs, list(map(target, flat, _losses(model, outputs, len(flat))))
+    )
 
 
 def _losses(model: keras.Model, outputs: Any, count: int) -> list[Any]:
     """The loss of each output, in the order of `keras.tree.flatten`."""
     loss = model.loss
+    unknown = [None] * count
     if isinstance(loss, dict):
         names = list(getattr(model, "output_names", None) or [])
         if isinstance(outputs, dict):
             names = sorted(outputs)  # As Keras flattens a dict.
-        return [loss.get(name) for name in names] if len(names) == count else [None] * count
+        return [loss.get(name) for name in names] if len(names) == count else unknown
     if isinstance(loss, list | tuple):
-        return list(loss) if len(loss) == count else [None] * count
+        return list(loss) if len(loss) == count else unknown
     return [loss] * count
 
 
@@ -115,6 +116,8 @@ def _is_sparse(loss: Any) -> bool:
 
 
 def _resized(value: Any, batch_size: int) -> Any:
+    if value is None:
+        return None
     array = ops.convert_to_numpy(value) if ops.is_tensor(value) else np.asarray(value)
     if array.ndim and array.shape[0] != batch_size:
         repeats = math.ceil(batch_size / array.shape[0])
@@ -127,7 +130,3 @@ def _resized(value: Any, batch_size: int) -> Any:
 
 def _to_tensor(array: Any, dtype: Any) -> Any:
     return ops.convert_to_tensor(array, dtype=keras.backend.standardize_dtype(dtype))
-
-
-def _dtype(value: Any) -> str:
-    return keras.backend.standardize_dtype(value.dtype)

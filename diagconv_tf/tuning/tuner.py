@@ -11,17 +11,14 @@ measured on one device, and where there are several processes on the first of th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
-import rich.progress
 from absl import logging
 from rich.console import Console
 
@@ -30,16 +27,11 @@ from diagconv_tf.environment import Conditions
 from diagconv_tf.inspection import ConvolutionRow, Inspection, inspect_as_built, inspect_model
 from diagconv_tf.layers import kernel_channels_axis
 from diagconv_tf.lowerings import LoweringLike, parse
-from diagconv_tf.measurements import (
-    WRONG_NUMBERS,
-    Measured,
-    WorkloadMeasurements,
-    least_rounds,
-)
+from diagconv_tf.measurements import WRONG_NUMBERS, Measured, Workload
 from diagconv_tf.model_tree import check_built
 from diagconv_tf.plan import Plan
 from diagconv_tf.rules import DEFAULT_RULES, Rule
-from diagconv_tf.spec import PASSES, STOCK
+from diagconv_tf.spec import STOCK
 from diagconv_tf.text import summarize_error
 from diagconv_tf.timing import check_whole_number
 from diagconv_tf.tuning import candidates, checking, choosing, keys
@@ -48,16 +40,13 @@ from diagconv_tf.tuning.candidates import Variant
 from diagconv_tf.tuning.contest import ROUNDS_SECONDS, Contest
 from diagconv_tf.tuning.layer_benchmark import measure_alone
 from diagconv_tf.tuning.sample_batch import check_synthetic_inputs
-from diagconv_tf.tuning.workloads import LayersOfWorkload, distinct_workloads
 
 #: The variant in which each layer has the lowering that was fastest for it alone.
 PER_LAYER = "per_layer"
 
-#: Of a budget, so many times stock's first step is kept for that of a variant.
-_FIRST_STEPS_RESERVED = 1.5
-
-#: Tells the user what begins now.
-Report = Callable[[str], None]
+#: A variant is tried if so many times stock's first step is left of the budget: for its
+#: own first step, and for the rounds.
+_FIRST_STEPS_RESERVED = 2.0
 
 
 def tune(
@@ -78,10 +67,10 @@ def tune(
     Stock and a few variants of the model train in turn for some steps each. A
     variant is chosen only if it is faster than stock, round by round: with a
     probability of at most 1 % any variant wins that is not
-    (`measurements.ratios_to_stock`). Nor can a variant win that computes wrong
-    numbers: every distinct workload of the winner is compared with float64
-    (`tuning.checking`). It takes the compilation of stock and of each variant,
-    and some seconds.
+    (`measurements.ratios_to_stock`). The steps end as soon as that is decided.
+    Nor can a variant win that computes wrong numbers: its workloads are
+    compared with float64 (`tuning.checking`). It takes the compilation of stock
+    and of each variant, and some seconds.
 
     The model is not changed; a copy of it is trained, with its loss and its
     optimizer. A model that is not compiled is tuned with a mean of squares and
@@ -109,9 +98,9 @@ def tune(
             `DIAGCONV_CACHE_DIR` names, else the user's cache folder.
         refresh: measure again what the cache knows.
         rules: which layer classes can become which.
-        per_layer: also measure each distinct workload alone, pass by pass, and
-            let the best choice for each compete. It takes minutes, and compiles
-            a function for each workload, pass and lowering.
+        per_layer: also measure each distinct workload alone, and let the best
+            choice for each compete. It takes minutes: a function is compiled
+            for each workload and lowering.
         clock: returns the time in seconds.
 
     Returns:
@@ -158,7 +147,7 @@ def tune(
             conditions=Conditions.current(compiled, replicas.num_replicas),
             cache=Cache(cache_dir, refresh),
             clock=clock,
-            deadline=None if budget_seconds is None else clock() + budget_seconds,
+            deadline=float("inf") if budget_seconds is None else clock() + budget_seconds,
             make_contest=lambda: Contest(model, per_replica_batch, data, jit_compile, rules, clock),
         )
         return dataclasses.replace(tuner.run(per_layer), batch_size=batch_size)
@@ -191,19 +180,16 @@ def _is_compiled(model: keras.Model, jit_compile: bool | str, num_replicas: int)
         compiled = bool(model.jit_compile)
     else:  # Reading the property of a model that is not compiled would set it.
         compiled = keras_internals.resolve_jit_compile(model)
-    eager_jax = keras.backend.backend() == "jax" and not compiled
-    if model.run_eagerly or eager_jax:
-        received = (
-            "run_eagerly=True"
-            if model.run_eagerly
-            else (
-                "jit_compile=False on JAX (as which TensorFlow saves models on a CPU); compile the "
-                "model with jit_compile=True"
-            )
+    eager = "run_eagerly=True" if model.run_eagerly else ""
+    if keras.backend.backend() == "jax" and not compiled and not eager:
+        eager = (
+            "jit_compile=False on JAX (as which TensorFlow saves models on a CPU); compile the "
+            "model with jit_compile=True"
         )
+    if eager:
         raise ValueError(
             "Expected a model that Keras does not run eagerly: that is for debugging, and no "
-            f"choice of lowerings makes it fast. Received: {received}"
+            f"choice of lowerings makes it fast. Received: {eager}"
         )
     if compiled and num_replicas > 1 and distribution.strategy_of(model) is not None:
         raise ValueError(
@@ -235,35 +221,35 @@ class _Tuner:
     conditions: Conditions
     cache: Cache
     clock: Callable[[], float]
-    deadline: float | None
+    deadline: float
     make_contest: Callable[[], Contest]
 
+    def __post_init__(self) -> None:
+        uniform = candidates.contest_variants(self.inspection, self.conditions)
+        self.variants: dict[str, Variant] = {STOCK: {}, **uniform}
+        # A spinner that turned faster would take time from what is measured.
+        self.progress = Console(stderr=True).status("tuning", refresh_per_second=1)
+
     def run(self, per_layer: bool) -> Plan:
-        groups = distinct_workloads(self.inspection)
-        if not groups:
+        workloads = candidates.distinct_workloads(self.inspection)
+        if not workloads:
             return Plan(self.conditions, reason="No convolution with groups can be rewritten.")
-        variants = {STOCK: {}, **candidates.contest_variants(groups, self.conditions)}
-        workloads = tuple(group.unmeasured for group in groups)
-        with _progress(len(variants) + 2 + per_layer * len(groups)) as report:
+        with self.progress:
             if per_layer:
-                workloads = tuple(self._measure_alone(group, report) for group in groups)
-                alone = {
-                    path: w.choice
-                    for w in workloads
-                    if w.choice not in (None, STOCK)
-                    for path in w.layers
-                }
-                if alone not in variants.values():
-                    variants = {STOCK: {}, PER_LAYER: alone, **variants}
-            steps, choice = self._decide(variants, report)
-        wanted = {
-            path: variants[choice.name].get(path, STOCK) for w in workloads for path in w.layers
-        }
+                workloads = [self._measure_alone(workload) for workload in workloads]
+                alone = {path: w.choice for w in workloads if w.choice for path in w.layers}
+                alone = {path: choice for path, choice in alone.items() if choice != STOCK}
+                if alone not in self.variants.values():
+                    self.variants = {STOCK: {}, PER_LAYER: alone, **self.variants}
+            steps = self._measure_steps()
+        choice = choosing.choose(steps)
+        chosen = self.variants[choice.name]
+        wanted = {path: chosen.get(path, STOCK) for w in workloads for path in w.layers}
         plan = Plan(
             conditions=self.conditions,
             lowerings={w.spec: wanted[w.layers[0]] for w in reversed(workloads)},
             reason=f"{choice.name}: {choice.reason}",
-            workloads=workloads,
+            workloads=tuple(workloads),
             steps=steps,
         )
         # Two classes of layers may have equal specs, and with open sizes several specs fit.
@@ -274,93 +260,75 @@ class _Tuner:
         }
         return dataclasses.replace(plan, overrides=overrides)
 
-    def _measure_alone(self, group: LayersOfWorkload, report: Report) -> WorkloadMeasurements:
-        """A workload, with its times if the budget allows."""
-        workload = group.workload
-        report(group.paths[0])
+    def _measure_alone(self, workload: Workload) -> Workload:
+        """The workload with its times and a choice, if the budget allows."""
         names = candidates.layer_candidates(workload, self.conditions)
         key = keys.of_workload(workload, names, self.conditions)
-        known = self.cache.read(key)
-        if not known:
+        times = self.cache.read(key)
+        if not times:
             _ = self._contest  # A model that cannot be trained is refused at once.
-            if self._seconds_left() <= 0:
-                return dataclasses.replace(
-                    group.unmeasured, reason="not measured: no time was left"
-                )
-            found = measure_alone(workload, names, self.conditions, self.clock)
-            known = {f"{p}/{n}": measured for p in PASSES for n, measured in found[p].items()}
-            self._keep(key, known)
-        passes: dict[str, dict[str, Measured]] = {
-            p: {n: known[f"{p}/{n}"] for n in names} for p in PASSES
-        }
-        choice = choosing.choose_lowering(passes, workload.native_is_stock)
-        return dataclasses.replace(
-            group.unmeasured, passes=passes, choice=choice.name, reason=choice.reason
-        )
+            if self.clock() >= self.deadline:
+                return dataclasses.replace(workload, reason="not measured: no time was left")
+            self.progress.update(f"tuning: {workload.layers[0]}")
+            times = measure_alone(workload, names, self.conditions, self.clock)
+            self._keep(key, times)
+        choice = choosing.choose(times)
+        return dataclasses.replace(workload, times=times, choice=choice.name, reason=choice.reason)
 
     @functools.cached_property
     def _contest(self) -> Contest:
-        """The contest, in which stock has made its first steps.
+        """The contest, in which stock has made its first step, or failed.
 
         Raises:
-            ValueError: if the model cannot be trained, neither in stock nor in
-                native layers.
+            ValueError: if no variant of the model can be trained.
         """
         contest = self.make_contest()
-        stock = contest.add(STOCK, {})
-        native = {row.path: "native" for row in self.inspection.rows if row.eligible}
-        if not stock.ok and not contest.add("native", native).ok:
-            synthetic = contest.batch.synthetic
-            advice = "; pass a batch of it as `data`" if synthetic else ""
-            on = f", on synthetic {' and '.join(synthetic)}" if synthetic else ""
-            raise ValueError(
-                f"Expected a model that can be trained{advice}. Received: '{self.model.name}', "
-                f"whose training step fails{on}: {stock.error}"
-            )
-        return contest
+        for name, variant in self.variants.items():
+            self.progress.update(f"tuning: first step of {name}")
+            if contest.add(name, variant).error is None:
+                return contest
+        synthetic = " and ".join(contest.batch.synthetic)
+        advice = "; pass a batch of it as `data`" if synthetic else ""
+        on = f", on synthetic {synthetic}" if synthetic else ""
+        raise ValueError(
+            f"Expected a model that can be trained{advice}. Received: '{self.model.name}', "
+            f"whose training step fails{on}: {contest.first[STOCK].error}"
+        )
 
-    def _decide(
-        self, variants: Mapping[str, Variant], report: Report
-    ) -> tuple[dict[str, Measured], choosing.Choice[str]]:
-        """The times of whole training steps, and the variant that they speak for."""
-        key = keys.of_contest(self.model, self.inspection, self.data, self.conditions, variants)
+    def _measure_steps(self) -> dict[str, Measured]:
+        """The times of whole training steps; what computes wrong numbers has an error."""
+        key = keys.of_contest(
+            self.model, self.inspection, self.data, self.conditions, self.variants
+        )
         steps = self.cache.read(key)
         # With a budget, a contest with fewer variants is as good as can be had.
-        if steps and (self.deadline is not None or set(steps) == set(variants)):
-            return steps, choosing.choose_variant(steps)
-        steps = self._run_contest(variants, report)
-        choice = choosing.choose_variant(steps)
-        report("the numbers of the fastest")
-        while choice.name != STOCK and (wrong := self._why_wrong(variants[choice.name])):
-            steps[choice.name] = Measured.failed(wrong, steps[choice.name].first_seconds)
-            choice = choosing.choose_variant(steps)
-        self._keep(key, steps)
-        return steps, choice
-
-    def _run_contest(self, variants: Mapping[str, Variant], report: Report) -> dict[str, Measured]:
-        report(f"first steps: {STOCK}")
+        if steps and (self.deadline < float("inf") or set(steps) == set(self.variants)):
+            return steps
         first = self._contest.first
-        names = [STOCK]
-        for name in [name for name in variants if name != STOCK]:
-            report(f"first steps: {name}")
-            entered = [first[n].seconds for n in names if first[n].ok]
-            rounds = least_rounds(len(names)) * sum(entered)
-            expected = _FIRST_STEPS_RESERVED * (first[STOCK].first_seconds or 0.0) + rounds
-            if self._seconds_left() > expected:
-                self._contest.add(name, variants[name])
-                names.append(name)
-        report("training steps in turn")
-        seconds = max(min(ROUNDS_SECONDS, self._seconds_left()), 1e-3)
-        return self._contest.time(names, seconds=seconds)
+        for name in [name for name in self.variants if name not in first]:
+            self.progress.update(f"tuning: first step of {name}")
+            expected = _FIRST_STEPS_RESERVED * (first[STOCK].first_seconds or 0.0)
+            if self.deadline - self.clock() > expected:
+                self._contest.add(name, self.variants[name])
+        self.progress.update("tuning: training steps in turn")
+        steps = self._contest.time(min(ROUNDS_SECONDS, self.deadline - self.clock()))
+        self.progress.update("tuning: the numbers of the fastest")
+        while (name := choosing.choose(steps).name) != STOCK:
+            wrong = self._why_wrong(self.variants[name])
+            if not wrong:
+                break
+            steps[name] = Measured.failed(wrong, steps[name].first_seconds)
+        self._keep(key, steps)
+        return steps
 
     def _why_wrong(self, variant: Variant) -> str:
         """The error of a variant that computes wrong numbers; empty where all are right."""
-        distinct = {
-            (spec, str(parse(variant[row.path]))): variant[row.path]
-            for row in self.inspection.rows
-            if row.path in variant
-            for spec in row.specs
-        }
+        distinct = {}
+        for row in self.inspection.rows:
+            if (lowering := variant.get(row.path)) is not None:
+                for spec in row.specs:
+                    checked = checking.checked_size(spec, self.conditions)
+                    distinct[checked, str(parse(lowering))] = lowering
         for (spec, _), lowering in distinct.items():
             try:
                 if wrong := checking.why_wrong(spec, lowering, self.conditions):
@@ -369,14 +337,11 @@ class _Tuner:
                 return f"its numbers cannot be checked: {summarize_error(error)}"
         return ""
 
-    def _keep(self, key: Mapping[str, Any] | None, contest: Mapping[str, Measured]) -> None:
+    def _keep(self, key: Mapping[str, Any] | None, measured: Mapping[str, Measured]) -> None:
         # Failures may pass. Times are compared with those of the same rounds only, so
         # all of them are kept, or none.
-        if all(measured.lasts for measured in contest.values()):
-            self.cache.write(key, contest)
-
-    def _seconds_left(self) -> float:
-        return float("inf") if self.deadline is None else self.deadline - self.clock()
+        if all(m.lasts for m in measured.values()):
+            self.cache.write(key, measured)
 
 
 def _says(plan: Plan, row: ConvolutionRow, wanted: LoweringLike) -> bool:
@@ -384,21 +349,3 @@ def _says(plan: Plan, row: ConvolutionRow, wanted: LoweringLike) -> bool:
         return plan.lowering_for(row) == wanted
     except ValueError:
         return False
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Report]:
-    """Shows progress over `total` steps on standard error; nothing without a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        "tuning {task.description}",
-        rich.progress.BarColumn(),
-        rich.progress.TimeElapsedColumn(),
-        "left:",
-        rich.progress.TimeRemainingColumn(),
-    )
-    hidden = not console.is_terminal
-    with rich.progress.Progress(*columns, console=console, disable=hidden, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        begun = itertools.count()
-        yield lambda what: bar.update(task, description=what, completed=next(begun))

@@ -1,11 +1,19 @@
-"""Depthwise convolutions as JAX kernels of our own: Pallas, compiled by Triton."""
+"""Depthwise convolutions as JAX kernels of our own: Pallas, compiled by Triton.
+
+`depthwise_tiling` says what they compute and why so.
+
+Tensors are `(batch, rows, columns, channels)`, kernels `(kh, kw, 1, channels)`; all have
+one dtype, float32, bfloat16 or float16. Sums are float32. With `interpret` JAX computes
+the kernels operation by operation, on any device.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,223 +23,176 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from diagconv_tf.backends import depthwise_tiling as tiling
-from diagconv_tf.backends.depthwise_tiling import Axis, Meeting, Tile
-
-#: Kernels with more columns are computed in a loop over them: with all of 7x7 taps
-#: written out, a kernel took 19 s to compile, with those of one column 3 s.
-_MOST_COLUMNS_UNROLLED = 3
+from diagconv_tf.backends.depthwise_tiling import Correlation, KernelGradient
+from diagconv_tf.spec import ConvSpec
 
 
-def correlate(axes: tuple[Axis, Axis], source: Any, kernel: Any, interpret: bool) -> Any:
-    """The strided correlation of `axes`.
+def compute_capability() -> tuple[int, int] | None:
+    """That of the NVIDIA GPU on which JAX computes; None on any other device."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    if isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    # AMD's are words: "gfx90a".
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return (int(found[1]), int(found[2])) if found else None
 
-    Args:
-        axes: the vertical and the horizontal one.
-        source: `(batch, rows, columns, channels)`; float32, bfloat16 or float16.
-        kernel: `(kh, kw, 1, channels)`, of the source's dtype.
-        interpret: whether JAX computes the kernel operation by operation, on any
-            device.
 
-    Returns:
-        `(batch, rows, columns, channels)`, of the source's dtype; sums are float32.
-    """
-    vertical, horizontal = axes
-    batch, *_, channels = source.shape
-    shape = (batch, vertical.target, horizontal.target, channels)
+def forward(spec: ConvSpec, inputs: Any, kernel: Any, interpret: bool) -> Any:
+    return _correlate(tiling.forward(spec, inputs.shape[1:3]), inputs, kernel, interpret)
+
+
+def input_gradient(
+    spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple, interpret: bool
+) -> Any:
+    problem = tiling.input_gradient(spec, input_shape[1:3])
+    return _correlate(problem, output_gradient, kernel, interpret)
+
+
+def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any, interpret: bool) -> Any:
+    problem = tiling.kernel_gradient(spec, inputs.shape[1:3])
+    batch = inputs.shape[0]
+    if 0 in output_gradient.shape:
+        return jnp.zeros(spec.kernel_shape, inputs.dtype)
+    splits, _ = problem.splits(batch)
+    _, columns, depths = problem.blocks
+    sums = pl.pallas_call(
+        functools.partial(_sum_products, problem, batch, interpret),
+        out_shape=jax.ShapeDtypeStruct(
+            (splits * columns, problem.sums, problem.channels), jnp.float32
+        ),
+        grid=(splits * columns * depths,),
+        compiler_params=triton.CompilerParams(num_warps=problem.tile.warps, num_stages=1),
+        interpret=interpret,
+        name="depthwise_kernel_gradient",
+    )(inputs, output_gradient)
+    return sums.sum(0).reshape(spec.kernel_shape).astype(inputs.dtype)
+
+
+def _correlate(problem: Correlation, source: Any, kernel: Any, interpret: bool) -> Any:
+    batch = source.shape[0]
+    shape = (batch, problem.vertical.target, problem.horizontal.target, problem.channels)
     if 0 in source.shape:
         return jnp.zeros(shape, source.dtype)
-    tile = tiling.correlation_tile(axes, channels, source.dtype.itemsize)
-    blocks = (
-        pl.cdiv(vertical.count, tile.rows),
-        pl.cdiv(horizontal.count, tile.columns),
-        pl.cdiv(channels, tile.channels),
-    )
     return pl.pallas_call(
-        functools.partial(_correlate_tile, axes, tile, blocks, interpret),
+        functools.partial(_correlate_tile, problem, interpret),
         out_shape=jax.ShapeDtypeStruct(shape, source.dtype),
-        grid=(batch * math.prod(blocks),),
-        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=1),
+        grid=(batch * math.prod(problem.blocks),),
+        compiler_params=triton.CompilerParams(num_warps=problem.tile.warps, num_stages=1),
         interpret=interpret,
         name="depthwise_correlation",
     )(source, kernel)
 
 
-def kernel_gradient(
-    axes: tuple[Axis, Axis], inputs: Any, output_gradient: Any, interpret: bool
-) -> Any:
-    """The kernel gradient of the forward pass of `axes`.
-
-    One kernel reads inputs and output gradient once. Each of its programs sums its own
-    part of them, and a second kernel sums these sums, always in the same order.
-
-    Args:
-        axes: the vertical and the horizontal one.
-        inputs: `(batch, rows, columns, channels)`; float32, bfloat16 or float16.
-        output_gradient: `(batch, rows, columns, channels)`, of the inputs' dtype.
-        interpret: as for `correlate`.
-
-    Returns:
-        `(kh, kw, 1, channels)`, of the inputs' dtype; sums are float32.
-    """
-    vertical, horizontal = axes
-    batch, *_, channels = inputs.shape
-    shape = (len(vertical.meetings), len(horizontal.meetings), 1, channels)
-    if 0 in output_gradient.shape:
-        return jnp.zeros(shape, inputs.dtype)
-    tile = tiling.kernel_gradient_tile(axes, channels, inputs.dtype.itemsize)
-    steps = batch * pl.cdiv(vertical.count, tile.rows)
-    columns, depths = pl.cdiv(horizontal.count, tile.columns), pl.cdiv(channels, tile.channels)
-    splits = tiling.gradient_splits(steps, columns * depths)
-    blocks = (splits, columns, depths)
-    sums = pl.pallas_call(
-        functools.partial(_sum_products, axes, tile, blocks, steps, interpret),
-        out_shape=jax.ShapeDtypeStruct(
-            (splits * columns, math.prod(shape[:2]), channels), jnp.float32
-        ),
-        grid=(math.prod(blocks),),
-        compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=1),
-        interpret=interpret,
-        name="depthwise_kernel_gradient",
-    )(inputs, output_gradient)
-    return sums.sum(0).reshape(shape).astype(inputs.dtype)
-
-
 def _correlate_tile(
-    axes: tuple[Axis, Axis],
-    tile: Tile,
-    blocks: tuple[int, int, int],
-    interpret: bool,
-    source_ref: Any,
-    kernel_ref: Any,
-    target_ref: Any,
+    problem: Correlation, interpret: bool, source_ref: Any, kernel_ref: Any, target_ref: Any
 ) -> None:
-    """One program: a tile of the target."""
-    vertical, horizontal = axes
-    image, row, column, depth = _digits(pl.program_id(0), blocks)
-    first_row = row * tile.rows
-    column = _places(column, tile.columns)[:, None]
-    channel = _places(depth, tile.channels)
-    is_channel = channel < source_ref.shape[3]
-    sums = {
-        (i, phases): jnp.zeros((tile.columns, tile.channels), jnp.float32)
-        for i in range(tile.rows)
-        for phases in itertools.product(
-            range(vertical.target_step), range(horizontal.target_step)
-        )
-    }
+    """One program of a correlation: a tile of the target."""
+    vertical, horizontal, tile = problem.vertical, problem.horizontal, problem.tile
+    image, row_block, column_block, channel_block = _digits(pl.program_id(0), problem.blocks)
+    first_row = row_block * tile.rows
+    columns = _places(column_block, tile.columns)[:, None]
+    channels = _places(channel_block, tile.channels)
+    is_channel = channels < problem.channels
+    trips, shift = problem.loop
 
-    def add_column(offset: Any, meetings: Sequence[Meeting], sums: dict) -> dict:
-        """Adds what meets the source columns at one offset."""
-        weights = {
-            (up, meeting.phase): triton.load(
-                kernel_ref.at[up, meeting.tap, 0, channel], mask=is_channel, other=0
-            ).astype(jnp.float32)
-            for up in range(kernel_ref.shape[0])
-            for meeting in meetings
-        }
-        source_column = column * horizontal.source_step + offset
-        is_column = _within(source_column, horizontal.source) & is_channel
-        for source_row, readers in vertical.rows(tile.rows).items():
-            source_row = first_row * vertical.source_step + source_row
-            source = triton.load(
-                source_ref.at[image, source_row, source_column, channel[None]],
-                mask=is_column & _within(source_row, vertical.source),
-                other=0,
-            ).astype(jnp.float32)
-            for (i, up), across in itertools.product(readers, meetings):
-                key = i, (up.phase, across.phase)
-                weight = weights[up.tap, across.phase]
-                sums[key] = _multiply_add(source, weight, sums[key], interpret)
+    def add_columns(trip: Any, sums: Sequence) -> list:
+        sums = list(sums)
+        for offset, taps, rows in problem.columns:
+            weights = [
+                _load(kernel_ref, (up, across + trip, 0, channels), is_channel)
+                for up, across in taps
+            ]
+            places = columns * horizontal.source_step + (offset + trip * shift)
+            is_place = _within(places, horizontal.source) & is_channel
+            for row, products in rows:
+                row = first_row * vertical.source_step + row
+                source = _load(
+                    source_ref,
+                    (image, row, places, channels[None]),
+                    is_place & _within(row, vertical.source),
+                )
+                for total, weight in products:
+                    sums[total] = _multiply_add(source, weights[weight], sums[total], interpret)
         return sums
 
-    offsets = horizontal.offsets
-    if horizontal.target_step > 1 or len(offsets) <= _MOST_COLUMNS_UNROLLED:
-        for offset, meetings in offsets.items():
-            sums = add_column(offset, meetings, sums)
-    else:
-        first, second, *_ = horizontal.meetings
-
-        def add_tap(tap: Any, values: tuple) -> tuple:
-            offset = first.offset + tap * (second.offset - first.offset)
-            meeting = Meeting(0, tap, offset)
-            return tuple(add_column(offset, [meeting], dict(zip(sums, values))).values())
-
-        values = lax.fori_loop(0, len(offsets), add_tap, tuple(sums.values()))
-        sums = dict(zip(sums, values))
-    for (i, (up, across)), value in sums.items():
-        target_row = (first_row + i) * vertical.target_step + up
-        target_column = column * horizontal.target_step + across
-        is_target = (target_row < vertical.target) & (target_column < horizontal.target)
+    sums = [jnp.zeros((tile.columns, tile.channels), jnp.float32)] * problem.sums
+    sums = add_columns(0, sums) if trips == 1 else lax.fori_loop(0, trips, add_columns, sums)
+    phases = itertools.product(range(vertical.target_step), range(horizontal.target_step))
+    for total, (i, (up, across)) in zip(
+        sums, itertools.product(range(tile.rows), phases), strict=True
+    ):
+        row = (first_row + i) * vertical.target_step + up
+        places = columns * horizontal.target_step + across
         triton.store(
-            target_ref.at[image, target_row, target_column, channel[None]],
-            value.astype(target_ref.dtype),
-            mask=is_target & is_channel,
+            target_ref.at[image, row, places, channels[None]],
+            total.astype(target_ref.dtype),
+            mask=(row < vertical.target) & (places < horizontal.target) & is_channel,
         )
 
 
 def _sum_products(
-    axes: tuple[Axis, Axis],
-    tile: Tile,
-    blocks: tuple[int, int, int],
-    steps: int,
+    problem: KernelGradient,
+    batch: int,
     interpret: bool,
     inputs_ref: Any,
     gradient_ref: Any,
     sums_ref: Any,
 ) -> None:
-    """One program: for each tap, the products of some tiles summed over all but channels."""
-    vertical, horizontal = axes
-    _, split, block, depth = _digits(pl.program_id(0), blocks)
-    column = _places(block, tile.columns)[:, None]
-    channel = _places(depth, tile.channels)
-    is_channel = channel < inputs_ref.shape[3]
-    is_column = (column < horizontal.count) & is_channel
-    a_image, a_split = pl.cdiv(vertical.count, tile.rows), pl.cdiv(steps, blocks[0])
+    """One program of a kernel gradient: for each tap a sum over the tiles of its split."""
+    vertical, horizontal, tile = problem.vertical, problem.horizontal, problem.tile
+    row_blocks, *blocks = problem.blocks
+    split, column_block, channel_block = _digits(pl.program_id(0), blocks)
+    columns = _places(column_block, tile.columns)[:, None]
+    channels = _places(channel_block, tile.channels)
+    is_channel = channels < problem.channels
+    is_column = (columns < horizontal.target) & is_channel
+    _, length = problem.splits(batch)
 
-    def add_step(step: Any, sums: tuple) -> tuple:
-        added = list(sums)
-        step = split * a_split + step
-        image, first_row = lax.div(step, a_image), lax.rem(step, a_image) * tile.rows
+    def add_tile(index: Any, sums: Sequence) -> list:
+        sums = list(sums)
+        image, row_block = _digits(split * length + index, [row_blocks])
+        first_row = row_block * tile.rows
         gradients = [
-            triton.load(
-                gradient_ref.at[image, first_row + i, column, channel[None]],
-                mask=is_column & (first_row + i < vertical.count) & (step < steps),
-                other=0,
-            ).astype(jnp.float32)
+            _load(
+                gradient_ref,
+                (image, first_row + i, columns, channels[None]),
+                is_column & ((image < batch) & (first_row + i < vertical.target)),
+            )
             for i in range(tile.rows)
         ]
-        for (offset, meetings), (source_row, readers) in itertools.product(
-            horizontal.offsets.items(), vertical.rows(tile.rows).items()
-        ):
-            source_column = column * horizontal.source_step + offset
-            source_row = first_row * vertical.source_step + source_row
-            is_source = _within(source_column, horizontal.source) & is_channel
-            inputs = triton.load(
-                inputs_ref.at[image, source_row, source_column, channel[None]],
-                mask=is_source & (_within(source_row, vertical.source) & (step < steps)),
-                other=0,
-            ).astype(jnp.float32)
-            for (i, up), across in itertools.product(readers, meetings):
-                tap = up.tap * len(horizontal.meetings) + across.tap
-                added[tap] = _multiply_add(inputs, gradients[i], added[tap], interpret)
-        return tuple(added)
+        for offset, _, rows in problem.columns:
+            places = columns * horizontal.source_step + offset
+            is_place = _within(places, horizontal.source) & is_channel
+            for row, products in rows:
+                row = first_row * vertical.source_step + row
+                inputs = _load(
+                    inputs_ref,
+                    (image, row, places, channels[None]),
+                    is_place & ((image < batch) & _within(row, vertical.source)),
+                )
+                for total, i in products:
+                    sums[total] = _multiply_add(inputs, gradients[i], sums[total], interpret)
+        return sums
 
-    taps = len(vertical.meetings) * len(horizontal.meetings)
-    zeros = jnp.zeros((tile.columns, tile.channels), jnp.float32)
-    sums = lax.fori_loop(0, a_split, add_step, (zeros,) * taps)
-    for tap, value in enumerate(sums):
-        triton.store(
-            sums_ref.at[split * blocks[1] + block, tap, channel], value.sum(0), mask=is_channel
-        )
+    sums = [jnp.zeros((tile.columns, tile.channels), jnp.float32)] * problem.sums
+    for tap, total in enumerate(lax.fori_loop(0, length, add_tile, sums)):
+        place = split * blocks[0] + column_block
+        triton.store(sums_ref.at[place, tap, channels], total.sum(0), mask=is_channel)
 
 
-def _digits(index: Any, bases: Sequence[int]) -> list[Any]:
-    """`index` as a number with the digits of `bases`, the last one fastest; the rest first."""
-    digits: list[Any] = []
+def _load(ref: Any, index: tuple, mask: Any) -> Any:
+    """Elements of `ref` as float32, 0 where `mask` is false."""
+    return triton.load(ref.at[index], mask=mask, other=0).astype(jnp.float32)
+
+
+def _digits(number: Any, bases: Sequence[int]) -> Iterator[Any]:
+    """The digits of `number` in the given bases, and before them what is left."""
+    digits = []
     for base in reversed(bases):
-        digits.insert(0, lax.rem(index, base))
-        index = lax.div(index, base)
-    return [index, *digits]
+        # Triton lowers no `%` by a Python int.
+        digits.append(lax.rem(number, base))
+        number = lax.div(number, base)
+    return reversed([*digits, number])
 
 
 def _places(block: Any, size: int) -> Any:
@@ -244,10 +205,10 @@ def _within(place: Any, size: int) -> Any:
 
 
 def _multiply_add(first: Any, second: Any, third: Any, interpret: bool) -> Any:
-    """`first * second + third` in one instruction.
+    """`first * second + third`, rounded once, in one instruction.
 
-    JAX's Triton does not fuse them: written so, kernels have up to twice as many
-    instructions (JAX 0.10.2).
+    JAX's Triton does not fuse them by itself (0.10.2): kernels had up to 1.6 times as
+    many instructions.
     """
     if interpret:
         return first * second + third

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from diagconv_tf.backends import depthwise_tiling as tiling
-from diagconv_tf.backends.depthwise_tiling import Problem
+from diagconv_tf.backends.depthwise_tiling import Correlation
 from diagconv_tf.spec import ConvSpec
 
 
@@ -108,7 +108,7 @@ def _kernel_gradient(
     splits, length = problem.splits(batch)
     _, columns, depths = problem.blocks
     sums = inputs.new_empty(
-        (splits * columns, problem.taps, problem.channels), dtype=torch.float32
+        (splits * columns, problem.sums, problem.channels), dtype=torch.float32
     )
     inputs, output_gradient = _channels_last(inputs), _channels_last(output_gradient)
     with torch.cuda.device_of(inputs):
@@ -169,95 +169,191 @@ def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _correlate(problem: Problem, source: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+def _correlate(problem: Correlation, source: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     target = _empty_images(source, (problem.vertical.target, problem.horizontal.target))
     if 0 in source.shape:
         return target.zero_()
+    source, kernel = _channels_last(source), kernel.contiguous()
     programs = source.shape[0] * math.prod(problem.blocks)
     with torch.cuda.device_of(source):
-        _correlate_tile[(programs,)](
-            _channels_last(source),
-            kernel.contiguous(),
-            target,
-            problem,
-            num_warps=problem.tile.warps,
-        )
+        _correlate_tile[(programs,)](source, kernel, target, problem, num_warps=problem.tile.warps)
     return target
 
 
-# In the kernels, `problem` and what it holds are known to the compiler. Only loops over
-# `tl.static_range` are written out, and it takes only a `tl.constexpr`.
+# In the kernels `problem` is a constant, and so is what it holds. Triton writes out loops
+# over `tl.static_range`, whose bound must be a `tl.constexpr`.
 
 
 @triton.jit
 def _correlate_tile(source, kernel, target, problem: tl.constexpr):
     """One program of a correlation: a tile of the target."""
-    channel_block = tl.program_id(0) % problem.blocks[2]
-    rest = tl.program_id(0) // problem.blocks[2]
-    column_block = rest % problem.blocks[1]
-    rest = rest // problem.blocks[1]
-    first_row = rest % problem.blocks[0] * problem.tile.rows
-    # An image has fewer elements than 32 bits can count; a batch need not.
-    image = (rest // problem.blocks[0]).to(tl.int64)
-    columns = _places(column_block, problem.tile.columns)[:, None]
-    channels = _places(channel_block, problem.tile.channels)[None, :]
+    block = tl.program_id(0)
+    channels = _places(block % problem.blocks[2], problem.tile.channels)[None, :]
     is_channel = channels < problem.channels
-    source += image * (problem.vertical.source * problem.horizontal.source * problem.channels)
-    target += image * (problem.vertical.target * problem.horizontal.target * problem.channels)
+    block //= problem.blocks[2]
+    columns = _places(block % problem.blocks[1], problem.tile.columns)[:, None]
+    block //= problem.blocks[1]
+    first_row = block % problem.blocks[0] * problem.tile.rows
     source_row = first_row * problem.vertical.source_step
     target_row = first_row * problem.vertical.target_step
+    # 32 bits count the elements of an image, but not always those of a batch.
+    image = (block // problem.blocks[0]).to(tl.int64)
+    source += image * (problem.vertical.source * problem.horizontal.source * problem.channels)
+    target += image * (problem.vertical.target * problem.horizontal.target * problem.channels)
 
-    sums = ()
-    for _ in tl.static_range(tl.constexpr(problem.sums)):
-        sums = sums + (_zeros(problem),)
-    for trip in range(tl.constexpr(problem.column_loop[0])):
-        for c in tl.static_range(tl.constexpr(len(problem.loop_reads))):
-            places = columns * problem.horizontal.source_step + (
-                problem.loop_reads[c][0] + trip * problem.column_loop[1]
+    sums = _zeros(problem)
+    for trip in range(tl.constexpr(problem.loop[0])):
+        for c in tl.static_range(tl.constexpr(len(problem.columns))):
+            weights = ()
+            for tap in tl.static_range(tl.constexpr(len(problem.columns[c].taps))):
+                place = (
+                    problem.columns[c].taps[tap][0] * problem.horizontal.taps
+                    + problem.columns[c].taps[tap][1]
+                    + trip
+                )
+                weight = _load(kernel + place * problem.channels + channels, is_channel)
+                weights = weights + (weight,)
+            offset = problem.columns[c].offset + trip * problem.loop[1]
+            sums = _add_column(
+                sums, source, source_row, columns, channels, offset, is_channel, weights, c, problem
             )
-            is_place = _within(places, problem.horizontal.source) & is_channel
-            pointers = source + (
-                (source_row * problem.horizontal.source + places) * problem.channels + channels
-            )
-            for reader in tl.static_range(tl.constexpr(len(problem.loop_reads[c][1]))):
-                weights = ()
-                for tap in tl.static_range(tl.constexpr(problem.vertical.taps)):
-                    place = tap * problem.horizontal.taps + problem.loop_reads[c][1][reader][1]
-                    weights = weights + (
-                        _load(kernel + (place + trip) * problem.channels + channels, is_channel),
-                    )
-                sums = _add_rows(
-                    sums, pointers, is_place, source_row, weights,
-                    problem.loop_reads[c][1][reader][0], problem,
-                )  # fmt: skip
     for i in tl.static_range(tl.constexpr(problem.sums)):
         row = target_row + i // problem.horizontal.target_step
         places = columns * problem.horizontal.target_step + i % problem.horizontal.target_step
         tl.store(
             target + (row * problem.horizontal.target + places) * problem.channels + channels,
             sums[i].to(target.dtype.element_ty),
-            mask=(row < problem.vertical.target)
-            & (places < problem.horizontal.target)
-            & is_channel,
+            mask=_as_mask(
+                is_channel
+                & (places < problem.horizontal.target)
+                & (row < problem.vertical.target)
+            ),
         )
 
 
 @triton.jit
-def _add_rows(
-    sums, pointers, is_place, first_row, weights, across: tl.constexpr, problem: tl.constexpr
+def _sum_products(inputs, gradient, sums_of_splits, batch, length, problem: tl.constexpr):
+    """One program of a kernel gradient: for each tap a sum over the tiles of its split."""
+    block = tl.program_id(0)
+    channels = _places(block % problem.blocks[2], problem.tile.channels)[None, :]
+    is_channel = channels < problem.channels
+    block //= problem.blocks[2]
+    columns = _places(block % problem.blocks[1], problem.tile.columns)[:, None]
+    is_column = (columns < problem.horizontal.target) & is_channel
+    split = block // problem.blocks[1]
+
+    sums = _zeros(problem)
+    for index in range(length):
+        row_block = split * length + index
+        image = row_block // problem.blocks[0]
+        first_row = row_block % problem.blocks[0] * problem.tile.rows
+        is_image = image < batch
+        image = image.to(tl.int64)
+        pointers = (
+            gradient
+            + image * (problem.vertical.target * problem.horizontal.target * problem.channels)
+            + ((first_row * problem.horizontal.target + columns) * problem.channels + channels)
+        )
+        gradients = ()
+        for i in tl.static_range(tl.constexpr(problem.tile.rows)):
+            is_row = is_image & (first_row + i < problem.vertical.target)
+            values = _load(
+                pointers + i * (problem.horizontal.target * problem.channels), is_column & is_row
+            )
+            gradients = gradients + (values,)
+        source = inputs + image * (
+            problem.vertical.source * problem.horizontal.source * problem.channels
+        )
+        for c in tl.static_range(tl.constexpr(len(problem.columns))):
+            sums = _add_column(
+                sums,
+                source,
+                first_row * problem.vertical.source_step,
+                columns,
+                channels,
+                problem.columns[c].offset,
+                is_channel & is_image,
+                gradients,
+                c,
+                problem,
+            )
+    for tap in tl.static_range(tl.constexpr(problem.sums)):
+        place = (block * problem.sums + tap) * problem.channels
+        total = tl.sum(sums[tap], axis=0)[None, :]
+        tl.store(sums_of_splits + place + channels, total, mask=is_channel)
+
+
+@triton.jit
+def _add_column(
+    sums,
+    source,
+    first_row,
+    columns,
+    channels,
+    offset,
+    mask,
+    factors,
+    index: tl.constexpr,
+    problem: tl.constexpr,
 ):
-    """Adds what one column phase reads of all rows through one column tap."""
-    for r in tl.static_range(tl.constexpr(len(problem.row_reads))):
-        row = problem.row_reads[r][0]
+    """Adds the products that `problem.columns[index]` lists."""
+    places = columns * problem.horizontal.source_step + offset
+    is_place = _within(places, problem.horizontal.source) & mask
+    pointers = source + (
+        (first_row * problem.horizontal.source + places) * problem.channels + channels
+    )
+    for r in tl.static_range(tl.constexpr(len(problem.columns[index].rows))):
+        row = problem.columns[index].rows[r][0]
         values = _load(
             pointers + row * (problem.horizontal.source * problem.channels),
             is_place & _within(first_row + row, problem.vertical.source),
         )
-        for reader in tl.static_range(tl.constexpr(len(problem.row_reads[r][1]))):
+        for p in tl.static_range(tl.constexpr(len(problem.columns[index].rows[r][1]))):
             sums = _add(
                 sums,
-                problem.sum_index(*problem.row_reads[r][1][reader], across),
+                problem.columns[index].rows[r][1][p][0],
                 values,
-                weights[problem.row_reads[r][1][reader][2]],
+                factors[problem.columns[index].rows[r][1][p][1]],
             )
     return sums
+
+
+@triton.jit
+def _add(sums, index: tl.constexpr, values, factor):
+    """`sums` with `values * factor` added to one of them, in one instruction."""
+    total = tl.fma(values, tl.broadcast_to(factor, values.shape), sums[index])
+    return sums[:index] + (total,) + sums[index + 1 :]
+
+
+@triton.jit
+def _zeros(problem: tl.constexpr):
+    sums = ()
+    for _ in tl.static_range(tl.constexpr(problem.sums)):
+        zeros = tl.zeros(
+            (tl.constexpr(problem.tile.columns), tl.constexpr(problem.tile.channels)), tl.float32
+        )
+        sums = sums + (zeros,)
+    return sums
+
+
+@triton.jit
+def _load(pointers, mask):
+    """Elements as float32, 0 where `mask` is false."""
+    return tl.load(pointers, mask=_as_mask(mask), other=0).to(tl.float32)
+
+
+@triton.jit
+def _as_mask(condition):
+    # Triton's interpreter makes integers of a vector and a scalar condition (3.9).
+    return condition != 0
+
+
+@triton.jit
+def _places(block, size: tl.constexpr):
+    """The places along an axis that a block of `size` covers."""
+    return block * size + tl.arange(0, size)
+
+
+@triton.jit
+def _within(place, size):
+    return (place >= 0) & (place < size)

@@ -38,17 +38,20 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def forward(spec: ConvSpec, inputs: Any, kernel: Any, interpret: bool) -> Any:
+    _check_sizes(inputs.shape)
     return _correlate(tiling.forward(spec, inputs.shape[1:3]), inputs, kernel, interpret)
 
 
 def input_gradient(
     spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple, interpret: bool
 ) -> Any:
+    _check_sizes(input_shape)
     problem = tiling.input_gradient(spec, input_shape[1:3])
     return _correlate(problem, output_gradient, kernel, interpret)
 
 
 def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any, interpret: bool) -> Any:
+    _check_sizes(inputs.shape)
     problem = tiling.kernel_gradient(spec, inputs.shape[1:3])
     batch = inputs.shape[0]
     if 0 in output_gradient.shape:
@@ -66,6 +69,15 @@ def kernel_gradient(spec: ConvSpec, inputs: Any, output_gradient: Any, interpret
         name="depthwise_kernel_gradient",
     )(inputs, output_gradient)
     return sums.sum(0).reshape(spec.kernel_shape).astype(inputs.dtype)
+
+
+def _check_sizes(shape: tuple) -> None:
+    """Refuses the symbolic sizes with which JAX exports: no kernel is made for them."""
+    if not all(isinstance(size, int) for size in shape):
+        raise ValueError(
+            "Expected inputs of known sizes for lowering='fused' (export with another lowering, "
+            f"or with fixed sizes). Received: shape={shape}"
+        )
 
 
 def _correlate(problem: Correlation, source: Any, kernel: Any, interpret: bool) -> Any:

@@ -1,3 +1,6 @@
+# Triton knows neither starred expressions nor tuples of a declared length.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 """Depthwise convolutions as PyTorch operators of our own, written in Triton.
 
 `depthwise_tiling` says what the kernels compute and why so. Each is compiled for one
@@ -107,9 +110,7 @@ def _kernel_gradient(
     batch = inputs.shape[0]
     splits, length = problem.splits(batch)
     _, columns, depths = problem.blocks
-    sums = inputs.new_empty(
-        (splits * columns, problem.sums, problem.channels), dtype=torch.float32
-    )
+    sums = inputs.new_empty((splits * columns, problem.sums, problem.channels), dtype=torch.float32)
     inputs, output_gradient = _channels_last(inputs), _channels_last(output_gradient)
     with torch.cuda.device_of(inputs):
         _sum_products[(splits * columns * depths,)](
@@ -128,7 +129,10 @@ def _one_by_one(operator: Callable[..., torch.Tensor]) -> Callable[..., tuple[to
 
     def run(info: Any, axes: tuple, first: Any, second: Any, *others: Any) -> tuple:
         pairs = [
-            [t if axis is None else t.select(axis, i) for t, axis in zip((first, second), axes)]
+            [
+                tensor if axis is None else tensor.select(axis, i)
+                for tensor, axis in zip((first, second), axes[:2], strict=True)
+            ]
             for i in range(info.batch_size)
         ]
         return torch.stack([operator(*pair, *others) for pair in pairs]), 0
@@ -224,9 +228,7 @@ def _correlate_tile(source, kernel, target, problem: tl.constexpr):
             target + (row * problem.horizontal.target + places) * problem.channels + channels,
             sums[i].to(target.dtype.element_ty),
             mask=_as_mask(
-                is_channel
-                & (places < problem.horizontal.target)
-                & (row < problem.vertical.target)
+                is_channel & (places < problem.horizontal.target) & (row < problem.vertical.target)
             ),
         )
 

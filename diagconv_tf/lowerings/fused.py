@@ -23,7 +23,7 @@ from diagconv_tf.backends import depthwise_tiling as tiling
 from diagconv_tf.lowerings.base import Lowering
 from diagconv_tf.spec import ConvSpec
 
-#: What compiles the kernels, by Keras backend, and the oldest version they were tried on.
+#: What compiles the kernels, by Keras backend, and its oldest version that was tried.
 _COMPILERS = {"jax": ("jax", (0, 10)), "torch": ("triton", (3, 6))}
 
 #: Triton's oldest GPUs with bfloat16 arithmetic (CUDA C++ Programming Guide, table
@@ -57,8 +57,7 @@ class Fused(Lowering):
             reasons += _why_not_device()
         if spec.compute_dtype not in _DTYPES:
             reasons.append(
-                f"fused needs one of the dtypes {', '.join(_DTYPES)}; received "
-                f"{spec.compute_dtype}"
+                f"fused needs one of the dtypes {', '.join(_DTYPES)}; received {spec.compute_dtype}"
             )
         if spec.data_format != "channels_last":
             reasons.append("fused needs data_format='channels_last'; received 'channels_first'")
@@ -80,9 +79,7 @@ class Fused(Lowering):
     def input_gradient(
         self, spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple
     ) -> Any:
-        return _kernels().input_gradient(
-            spec, output_gradient, kernel, input_shape, self.interpret
-        )
+        return _kernels().input_gradient(spec, output_gradient, kernel, input_shape, self.interpret)
 
     def kernel_gradient(self, spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
         return _kernels().kernel_gradient(spec, inputs, output_gradient, self.interpret)
@@ -122,7 +119,9 @@ def _why_not_device() -> list[str]:
 def _kernels() -> ModuleType:
     """The kernels of Keras's backend; imported late, since most users need none."""
     if keras.backend.backend() == "jax":
-        from diagconv_tf.backends import pallas_depthwise as kernels
-    else:
-        from diagconv_tf.backends import triton_depthwise as kernels
-    return kernels
+        from diagconv_tf.backends import pallas_depthwise
+
+        return pallas_depthwise
+    from diagconv_tf.backends import triton_depthwise
+
+    return triton_depthwise

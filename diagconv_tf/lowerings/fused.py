@@ -26,7 +26,7 @@ from diagconv_tf.spec import ConvSpec
 #: What compiles the kernels, by Keras backend, and its oldest version that was tried.
 _COMPILERS = {"jax": ("jax", (0, 10)), "torch": ("triton", (3, 6))}
 
-#: Triton's oldest GPUs with bfloat16 arithmetic (CUDA C++ Programming Guide, table
+#: The first GPUs with bfloat16 arithmetic (CUDA C++ Programming Guide, table
 #: 'Feature Support per Compute Capability').
 _OLDEST_CAPABILITY = (8, 0)
 

@@ -4,6 +4,7 @@ Compilers for GPUs are set up before a framework starts, so that this is a proce
 own; test_fused.py says what the findings must be.
 """
 
+import functools
 import json
 import math
 import os
@@ -94,15 +95,19 @@ def find_in_jax(dump):
             jax.ShapeDtypeStruct(shape, spec.compute_dtype, sharding=sharding)
             for shape in (spec.input_shape, spec.kernel_shape, spec.output_shape)
         )
-        arguments = {
-            "forward": (x, k),
-            "input_gradient": (g, k, spec.input_shape),
-            "kernel_gradient": (x, g),
+        function, *arguments = {
+            "forward": (fused.forward, x, k),
+            "input_gradient": (
+                functools.partial(fused.input_gradient, input_shape=spec.input_shape),
+                g,
+                k,
+            ),
+            "kernel_gradient": (fused.kernel_gradient, x, g),
         }[name]
-        function = jax.jit(getattr(fused, name), static_argnums=(0, 3))
+        function = jax.jit(functools.partial(function, spec))
         for path in dump.iterdir():
             path.unlink()
-        moved = bytes_of_kernels(function.lower(spec, *arguments).compile().as_text())
+        moved = bytes_of_kernels(function.lower(*arguments).compile().as_text())
         texts = [path.read_text() for path in dump.glob("*.ptx")]
         (ptx,) = [text for text in texts if "depthwise" in text]
         found[name] = {

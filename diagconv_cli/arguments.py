@@ -12,7 +12,7 @@ from typing import Any
 PROGRAM = "diagconv"
 
 #: What one lowering may be called; `diagconv_tf.lowerings.parse` has the last word.
-_LOWERING = re.compile(r"auto|native|shifted|dense|diagonal|diagonal(_grouped)?:[1-9][0-9]*")
+_LOWERING = re.compile(r"auto|native|shifted|fused|dense|diagonal|diagonal(_grouped)?:[1-9][0-9]*")
 _PASSES = ("forward", "input_gradient", "kernel_gradient")
 
 
@@ -242,7 +242,7 @@ def _lowering(text: str) -> str | dict[str, str]:
     if not all(isinstance(name, str) and _LOWERING.fullmatch(name) for name in names):
         raise argparse.ArgumentTypeError(
             "expected a lowering: auto, native, diagonal:N, diagonal (N = 32), diagonal_grouped:N, "
-            "dense or shifted, with N an integer >= 1; or JSON with one for each of "
+            "dense, shifted or fused, with N an integer >= 1; or JSON with one for each of "
             f"{', '.join(_PASSES)}. Received: {text}"
         )
     return lowering

@@ -147,7 +147,7 @@ def _info(options: argparse.Namespace) -> int:
     example = ConvSpec(32, 56, 56, 128, padding="same")
     lowerings = {
         name: why_not(example, name)
-        for name in ("native", "diagonal:32", "diagonal_grouped:32", "dense", "shifted")
+        for name in ("native", "diagonal:32", "diagonal_grouped:32", "dense", "shifted", "fused")
     }
     if options.json:
         content = {

@@ -49,6 +49,7 @@ _ARGUMENT_DOC = """
             - `"diagonal_grouped:N"`: the same blocks as one grouped
               convolution; N must divide the channels.
             - `"shifted"`: a sum over kernel taps of shifted, scaled inputs.
+            - `"fused"`: GPU kernels of this package; NVIDIA GPUs, JAX and PyTorch.
             - `"native"`: the framework's own op.
             - a dict with the keys `"forward"`, `"input_gradient"` and
               `"kernel_gradient"`: one of these for each pass.

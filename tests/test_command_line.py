@@ -102,9 +102,10 @@ def _is_parsed(lowering):
 @pytest.mark.parametrize(
     "text",
     [
-        *("native", "shifted", "dense", "diagonal", "diagonal:1", "diagonal:32"),
+        *("native", "shifted", "fused", "dense", "diagonal", "diagonal:1", "diagonal:32"),
         *("diagonal_grouped:8", "diagonal_grouped", "diagonal:0", "diagonal:-1", "diagonal:08"),
-        *("", "Native", "native ", "shifted:3", "dense:2", "stock", "nothing", "[]", "{", "{}"),
+        *("", "Native", "native ", "shifted:3", "fused:3", "dense:2", "stock", "nothing"),
+        *("[]", "{", "{}"),
         '{"forward": "native", "input_gradient": "dense", "kernel_gradient": "shifted"}',
         '{"forward": "native", "input_gradient": "dense", "kernel_gradient": "nothing"}',
         '{"forward": "native", "input_gradient": "dense", "kernel_gradient": 3}',

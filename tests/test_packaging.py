@@ -18,6 +18,12 @@ IMPORT_NAMES = {"absl-py": "absl", "ai-edge-litert": "ai_edge_litert"}
 #: What only one of Keras's backends or a format of `export` needs.
 ON_DEMAND = {"ai_edge_litert", "jax", "onnx", "onnxruntime", "tensorflow", "tf2onnx", "torch"}
 
+#: What PyTorch's builds for GPUs bring, and others do not need.
+WITH_TORCH = {"triton"}
+
+#: Modules of kernels in `backends` → what they are written in. The others are named so.
+KERNELS = {"pallas_depthwise": {"jax"}, "triton_depthwise": {"torch", "triton"}}
+
 
 def _declared(section, key):
     config = configparser.ConfigParser()
@@ -44,13 +50,13 @@ PACKAGE = sorted((ROOT / "diagconv_tf").rglob("*.py"))
 
 def test_the_core_dependencies_are_what_the_package_imports():
     imported = set().union(*map(_imported, PACKAGE))
-    assert imported - ON_DEMAND == _declared("options", "install_requires")
+    assert imported - ON_DEMAND - WITH_TORCH == _declared("options", "install_requires")
 
 
 def test_backends_are_imported_where_they_are_used():
     core = _declared("options", "install_requires")
     for path in PACKAGE:
-        own = {path.stem} if path.parent.name == "backends" else set()
+        own = KERNELS.get(path.stem, {path.stem}) if path.parent.name == "backends" else set()
         assert _imported(path, at_module_level=True) <= core | own, path
 
 

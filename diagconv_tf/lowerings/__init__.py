@@ -13,6 +13,7 @@ from diagconv_tf.lowerings.choice import (
     why_not,
 )
 from diagconv_tf.lowerings.diagonal import Diagonal, DiagonalGrouped
+from diagconv_tf.lowerings.fused import Fused
 from diagconv_tf.lowerings.native import Native
 from diagconv_tf.lowerings.sharded import convolve_sharded, why_not_sharded
 from diagconv_tf.lowerings.shifted import Shifted
@@ -22,6 +23,7 @@ __all__ = [
     "DEFAULT_LOWERING",
     "Diagonal",
     "DiagonalGrouped",
+    "Fused",
     "Lowering",
     "LoweringChoice",
     "LoweringLike",

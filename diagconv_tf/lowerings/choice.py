@@ -13,6 +13,7 @@ import keras
 from diagconv_tf import backends
 from diagconv_tf.lowerings.base import Lowering
 from diagconv_tf.lowerings.diagonal import Diagonal, DiagonalGrouped
+from diagconv_tf.lowerings.fused import Fused
 from diagconv_tf.lowerings.native import Native
 from diagconv_tf.lowerings.shifted import Shifted
 from diagconv_tf.spec import PASSES, ConvSpec
@@ -26,8 +27,8 @@ DEFAULT_LOWERING = "diagonal:32"
 _NUMBERED = re.compile(r"(diagonal|diagonal_grouped):([1-9][0-9]*)")
 
 ACCEPTED = (
-    '"native", "diagonal:N", "diagonal" (N = 32), "diagonal_grouped:N", "dense" or "shifted", '
-    "with N an integer >= 1; or a dict with one of these for each of the keys "
+    '"native", "diagonal:N", "diagonal" (N = 32), "diagonal_grouped:N", "dense", "shifted" or '
+    '"fused", with N an integer >= 1; or a dict with one of these for each of the keys '
     + ", ".join(f'"{name}"' for name in PASSES)
 )
 
@@ -95,6 +96,8 @@ def _parse_name(name: Any, received: Any) -> Lowering:
             return Native()
         if name == "shifted":
             return Shifted()
+        if name == "fused":
+            return Fused()
         if name == "dense":
             return Diagonal(None)
         if match := _NUMBERED.fullmatch(name):
@@ -128,7 +131,7 @@ def convolve(spec: ConvSpec, choice: LoweringChoice, inputs: Any, kernel: Any) -
     """The convolution of `spec`, computed and differentiated as chosen.
 
     The framework differentiates one lowering for all passes, unless it has
-    gradients of its own. One per pass, and `"shifted"`, go through the
+    gradients of its own. One per pass, `"shifted"` and `"fused"` go through the
     backend's custom gradients, which have no forward mode.
 
     Args:

@@ -3,7 +3,10 @@ r"""Times whole training steps: models x variants, interleaved in one process.
 Each variant is the same keras.applications model with the same weights; only
 the way in which its convolutions with groups run differs:
 
-- `stock`: Keras's own layers;
+- `default`: Keras's own layers, compiled as Keras does by itself here, whatever
+  `--jit_compile` says (TensorFlow on CPUs: without XLA). It is what users have, and
+  what every row is compared with. Where `stock` is the same, it stands for it;
+- `stock`: Keras's own layers, compiled as the other variants;
 - `floor`: every such convolution replaced by its centre tap (same strides and
   padding, one multiplication), so that what a variant takes above the floor is
   what its depthwise convolutions cost. It does not compute the same;
@@ -61,14 +64,16 @@ from rich.table import Table
 
 from diagconv_tf import ConvSpec, Plan, inspect_model, rewrite
 from diagconv_tf.lowerings import Lowering, LoweringChoice, UniformChoice, parse
-from diagconv_tf.spec import PASSES
+from diagconv_tf.spec import PASSES, STOCK
 from diagconv_tf.text import summarize_error
 from diagconv_tf.timing import Timings, time_interleaved
 from diagconv_tf.tuning.contest import TrainingSteps
 
 MODELS = flags.DEFINE_list("models", ["MobileNet", "MobileNetV2"], "keras.applications models.")
 VARIANTS = flags.DEFINE_list(
-    "variants", ["stock", "floor", "native", "diagonal:32", "shifted"], "What to compare."
+    "variants",
+    ["default", "stock", "floor", "native", "diagonal:32", "shifted"],
+    "What to compare.",
 )
 PLAN = flags.DEFINE_string(
     "plan",
@@ -99,6 +104,9 @@ PICTURES = flags.DEFINE_string("pictures", None, "Folder for pictures.")
 
 #: Classes of the classifier: ImageNet's.
 _CLASSES = 1000
+
+#: The variant that is what users have.
+DEFAULT = "default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +162,14 @@ class Group:
     def compiled(self) -> bool:
         return bench_common.compiled(self.jit_compile)
 
+    @property
+    def is_default(self) -> bool:
+        """Whether it is compiled as Keras does by itself here."""
+        return self.compiled == bench_common.compiled("auto")
+
+    def jit_compile_of(self, variant: str) -> str:
+        return "auto" if variant == DEFAULT else self.jit_compile
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -178,6 +194,7 @@ class Row:
     count: int = 0
     steps_per_sample: int = 0
     images_per_second: float | None = None
+    over_default: float | None = None
     over_stock: float | None = None
     above_floor_over_stock: float | None = None
     peak_memory: int | None = None
@@ -197,7 +214,8 @@ class Trainer:
         bench_common.seed(0)
         self.model = make_model(group.model)
         self.layers, self.rewritten = set_variant(self.model, variant, group)
-        jit_compile = {"auto": "auto", "true": True, "false": False}[group.jit_compile]
+        wanted = group.jit_compile_of(variant)
+        jit_compile = {"auto": "auto", "true": True, "false": False}[wanted]
         self.model.compile(
             keras.optimizers.SGD(1e-3, momentum=0.9),
             "sparse_categorical_crossentropy",
@@ -254,11 +272,11 @@ def set_variant(model: keras.Model, variant: str, group: Group) -> tuple[int, in
             model=group.model, precision=group.precision, batch_size=group.batch_size
         )
         rewrite(model, Plan.load(name), in_place=True)
-    elif variant != "stock":
+    elif variant not in (DEFAULT, STOCK):
         rewrite(model, read_variant(variant), in_place=True)
     rows = inspect_model(model).rows
-    rewritten = sum(row.lowering != "stock" for row in rows)
-    if not rows or (variant not in ("stock", "tuned") and not rewritten):
+    rewritten = sum(row.lowering != STOCK for row in rows)
+    if not rows or (variant not in (DEFAULT, STOCK, "tuned") and not rewritten):
         raise ValueError(
             f"Expected convolutions with groups that {variant} can compute. Received: "
             f"{group.model} with {len(rows)}, of which none can be rewritten so"
@@ -293,7 +311,7 @@ def benchmark(group: Group, budget_seconds: float | None) -> list[Row]:
     if refusal is None and budget_seconds == 0:
         refusal = "no time left"
     if refusal is not None:
-        return [blank(variant=variant, error=refusal) for variant in VARIANTS.value]
+        return [blank(variant=variant, error=refusal) for variant in variants_of(group)]
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(bench_common.PRECISIONS[group.precision].policy)
     try:
@@ -301,9 +319,15 @@ def benchmark(group: Group, budget_seconds: float | None) -> list[Row]:
             return _benchmark(group, blank, budget_seconds)
     except Exception as error:  # No memory for the images, say.
         failed = summarize_error(error)
-        return [blank(variant=variant, error=failed) for variant in VARIANTS.value]
+        return [blank(variant=variant, error=failed) for variant in variants_of(group)]
     finally:
         keras.config.set_dtype_policy(policy)
+
+
+def variants_of(group: Group) -> list[str]:
+    """The variants to train: `default` only where `stock` is not the same."""
+    same = group.is_default and STOCK in VARIANTS.value
+    return [variant for variant in VARIANTS.value if not (same and variant == DEFAULT)]
 
 
 def _benchmark(group: Group, blank: Callable[..., Row], budget_seconds: float | None) -> list[Row]:
@@ -315,7 +339,8 @@ def _benchmark(group: Group, blank: Callable[..., Row], budget_seconds: float | 
     y = ops.convert_to_tensor(rng.integers(0, _CLASSES, group.batch_size))
     trainers: dict[str, Trainer] = {}
     errors: dict[str, str] = {}
-    for variant in VARIANTS.value:
+    variants = variants_of(group)
+    for variant in variants:
         try:
             trainers[variant] = Trainer(group, variant, x, y)
         except Exception as error:
@@ -332,8 +357,10 @@ def _benchmark(group: Group, blank: Callable[..., Row], budget_seconds: float | 
     medians = {
         variant: timing.median / steps for variant, timing in timings.items() if timing.count
     }
+    stock, floor = medians.get(STOCK), medians.get("floor")
+    default = stock if group.is_default and stock else medians.get(DEFAULT)
     rows = []
-    for variant in VARIANTS.value:
+    for variant in variants:
         trainer, timing = trainers.get(variant), timings.get(variant, Timings())
         if timing.error is not None:
             errors[variant] = summarize_error(timing.error)
@@ -342,7 +369,7 @@ def _benchmark(group: Group, blank: Callable[..., Row], budget_seconds: float | 
             continue
         with contextlib.suppress(Exception):  # Then `peak_memory` stays empty.
             trainer.measure_memory(steps)
-        stock, floor, median = medians.get("stock"), medians.get("floor"), medians[variant]
+        median = medians[variant]
         rows.append(
             blank(
                 variant=variant,
@@ -355,6 +382,7 @@ def _benchmark(group: Group, blank: Callable[..., Row], budget_seconds: float | 
                 count=timing.count,
                 steps_per_sample=steps,
                 images_per_second=group.batch_size / median,
+                over_default=None if default is None else median / default,
                 over_stock=None if stock is None else median / stock,
                 above_floor_over_stock=_above_floor_over_stock(median, floor, stock),
                 peak_memory=trainer.peak_memory,
@@ -386,8 +414,9 @@ def make_table(rows: Sequence[Row]) -> Table:
     table = Table(
         title=f"{keras.backend.backend()} on {bench_common.device_kind()}, "
         f"{SIZE.value}x{SIZE.value} pixels",
-        caption="ms for one step; depthwise: what it takes above the floor, over the same of "
-        "stock; layers: rewritten of all with groups; memory: peak of a step",
+        caption="ms for one step; default: Keras's layers, and its own choice of compiler; "
+        "depthwise: what it takes above the floor, over the same of stock; layers: rewritten of "
+        "all with groups; memory: peak of a step",
     )
     for column in ("model", "conditions", "variant"):
         table.add_column(column, overflow="fold")
@@ -397,6 +426,7 @@ def make_table(rows: Sequence[Row]) -> Table:
         "p10",
         "p90",
         "images/s",
+        "/ default",
         "/ stock",
         "depthwise",
         "first step s",
@@ -419,6 +449,7 @@ def make_table(rows: Sequence[Row]) -> Table:
             f"{row.rewritten}/{row.layers}",
             *(f"{1e3 * t:.1f}" for t in (row.median, row.p10, row.p90)),
             f"{row.images_per_second:.1f}",
+            "" if row.over_default is None else f"{row.over_default:.3f}",
             "" if row.over_stock is None else f"{row.over_stock:.3f}",
             "" if row.above_floor_over_stock is None else f"{row.above_floor_over_stock:.3f}",
             f"{row.first_step:.1f}",
@@ -485,7 +516,7 @@ def check_flags() -> None:
     if not all(size.isdigit() and int(size) for size in BATCH_SIZE.value):
         raise ValueError(f"Expected --batch_size >= 1. Received: {','.join(BATCH_SIZE.value)}")
     for variant in VARIANTS.value:
-        if variant not in ("stock", "tuned"):
+        if variant not in (DEFAULT, STOCK, "tuned"):
             read_variant(variant)
     if ("tuned" in VARIANTS.value) != (PLAN.value is not None):
         raise ValueError(

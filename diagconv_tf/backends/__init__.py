@@ -119,8 +119,26 @@ class Backend(Protocol):
         i of `values` at `i * stride + offset`.
         """
 
-    def is_compiled_for_cpu(self) -> bool:
-        """Whether what is traced now will be compiled by XLA for a CPU."""
+    def compiled_for(self, tensor: Any) -> str | None:
+        """The kind of device, as `default_device` has it, for which XLA compiles a program.
+
+        Args:
+            tensor: any tensor of the program, which is being traced.
+
+        Returns:
+            None where XLA does not compile it.
+        """
+
+    # What follows is for programs that XLA compiles.
+
+    def sums_in_one_loop(self, tensors: list[Any], axes: tuple[int, ...]) -> list[Any]:
+        """The sum of each of `tensors`, of one shape and dtype, over `axes`, in one loop.
+
+        XLA merges these sums neither with each other nor with sums of them.
+        """
+
+    def make_complex(self, real: Any, imaginary: Any) -> Any:
+        """Complex numbers of two tensors of float32 or float64."""
 
     # What follows is for `keras.distribution`, which only JAX has.
 

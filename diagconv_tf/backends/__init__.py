@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import keras
+import numpy as np
 
 from diagconv_tf.spec import ConvSpec
 
@@ -130,6 +131,12 @@ class Backend(Protocol):
         """
 
     # What follows is for programs that XLA compiles.
+
+    def gather(self, tensor: Any, indices: np.ndarray, axis: int) -> Any:
+        """Elements of `tensor` along `axis`, at indices that are all inside.
+
+        Not `keras.ops.take`, which checks them.
+        """
 
     def sums_in_one_loop(self, tensors: list[Any], axes: tuple[int, ...]) -> list[Any]:
         """The sum of each of `tensors`, of one shape and dtype, over `axes`, in one loop.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -145,6 +146,11 @@ def compiled_for(tensor: Any) -> str | None:
     kind = default_device()[0]
     # On a CPU loops are all that matters, and they are compiled in any case.
     return kind if kind == "cpu" or keras_internals.is_traced_by_jax(tensor) else None
+
+
+def gather(tensor: Any, indices: np.ndarray, axis: int) -> Any:
+    index = (slice(None),) * axis + (indices,)
+    return tensor.at[index].get(mode="promise_in_bounds")
 
 
 def sums_in_one_loop(tensors: list[Any], axes: tuple[int, ...]) -> list[Any]:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import tensorflow as tf
 
 from diagconv_tf import keras_internals
@@ -224,6 +225,10 @@ def compiled_for(tensor: Any) -> str | None:
     # The only way to learn it while a function is traced.
     in_xla = keras_internals.is_traced_for_xla(tf.compat.v1.get_default_graph())
     return default_device()[0] if in_xla else None
+
+
+def gather(tensor: Any, indices: np.ndarray, axis: int) -> Any:
+    return tf.gather(tensor, indices, axis=axis)
 
 
 def sums_in_one_loop(tensors: list[Any], axes: tuple[int, ...]) -> list[Any]:

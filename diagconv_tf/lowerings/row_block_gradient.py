@@ -64,20 +64,12 @@ class Blocks:
 
 def _is_block(batch: int | None, per_image: int, rows: int, images: int) -> bool:
     """Whether a block may have so many images, each with so many rows."""
-    if images == 1:
-        return True
+    if images == 1 or not batch:
+        return images == 1
     # A single block's images are neighbours.
     is_single = images == batch and per_image == 1
     most = _NEIGHBOURS if is_single else _ROWS
-    return bool(batch) and batch % images == 0 and images * rows <= most
-
-
-def why_not(spec: ConvSpec, output_gradient: Any) -> list[str]:
-    """Every reason why `sum_blocks_of_rows` cannot be used; [] where it can."""
-    sizes = geometry.spatial_sizes(spec, output_gradient)
-    if not all(isinstance(size, int) for size in sizes):
-        return ["the size of the images is not known"]
-    return []
+    return batch % images == 0 and images * rows <= most
 
 
 def sum_blocks_of_rows(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 from keras import ops
 
 from diagconv_tf import backends
-from diagconv_tf.lowerings import row_block_gradient, row_loop_gradient
+from diagconv_tf.lowerings import gathered_sum, row_block_gradient, row_loop_gradient
 from diagconv_tf.lowerings import shift_geometry as geometry
 from diagconv_tf.lowerings.base import Lowering
 from diagconv_tf.spec import ConvSpec
@@ -40,6 +40,8 @@ class Shifted(Lowering):
 
     def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
         sizes = geometry.spatial_sizes(spec, inputs)
+        if gathered_sum.fits(inputs, sizes):
+            return gathered_sum.forward(spec, inputs, kernel)
         padded = geometry.pad(spec, geometry.widen(inputs), spec.padding_for(sizes))
         windows = geometry.windows(
             spec,
@@ -61,6 +63,8 @@ class Shifted(Lowering):
         self, spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple
     ) -> Any:
         sizes = [input_shape[axis] for axis in spec.spatial_axes]
+        if gathered_sum.fits(output_gradient, sizes):
+            return gathered_sum.input_gradient(spec, output_gradient, kernel, input_shape)
         padded, axes = geometry.reads_of_gradient(spec, geometry.widen(output_gradient), sizes)
         padded = geometry.per_group(spec, padded, spec.output_channels_per_group)
         weights = geometry.taps_of(spec, geometry.widen(kernel))
@@ -77,7 +81,7 @@ class Shifted(Lowering):
             ]
             if terms:
                 phase = geometry.merge_groups(
-                    spec, _transposed_sum(spec, terms), spec.input_channels
+                    spec, geometry.transposed_sum(spec, terms), spec.input_channels
                 )
                 if strides != [1, 1]:
                     offsets = (vertical, horizontal)
@@ -90,11 +94,11 @@ class Shifted(Lowering):
         return ops.cast(total, output_gradient.dtype)
 
     def kernel_gradient(self, spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
-        padded = geometry.pad(spec, inputs, spec.padding_for(geometry.spatial_sizes(spec, inputs)))
-        device = backends.current().compiled_for(inputs)
-        if device == "cpu":
+        sizes = geometry.spatial_sizes(spec, inputs)
+        padded = geometry.pad(spec, inputs, spec.padding_for(sizes))
+        if backends.current().compiled_for(inputs) == "cpu":
             gradient = row_loop_gradient.sum_row_by_row(spec, padded, output_gradient)
-        elif device == "gpu" and not row_block_gradient.why_not(spec, output_gradient):
+        elif gathered_sum.fits(inputs, sizes):
             gradient = row_block_gradient.sum_blocks_of_rows(spec, padded, output_gradient)
         else:
             gradient = _sum_tap_by_tap(spec, padded, output_gradient)
@@ -124,16 +128,3 @@ def _sum_tap_by_tap(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any:
             for channel in range(spec.input_channels_per_group)
         ]
     )
-
-
-def _transposed_sum(spec: ConvSpec, terms: list[tuple[Any, list[Any]]]) -> Any:
-    """Windows times taps, summed, for every input channel of a group."""
-    axis = geometry.inner_axis(spec)
-    totals: list[Any] = [None] * spec.input_channels_per_group
-    for window, tap in terms:
-        for channel, total in enumerate(totals):
-            product = window * tap[channel]
-            if spec.output_channels_per_group > 1:
-                product = ops.sum(product, axis=axis, keepdims=True)
-            totals[channel] = product if total is None else total + product
-    return totals[0] if len(totals) == 1 else ops.concatenate(totals, axis=axis)

@@ -263,7 +263,7 @@ _XLA_REDUCE = PrivateName(
 _XLA_BARRIER = PrivateName(
     "tensorflow.compiler.tf2xla.python.xla",
     "optimization_barrier",
-    "keep XLA from merging sums",
+    "keep results in the precision of their dtype on a GPU",
     'Stock layers and lowering="native" work',
     _TF,
 )

@@ -160,11 +160,13 @@ def trace_for_xla(model, deleted):
     tf.function(lambda x: backends.current().compiled_for(x), autograph=False)(tf.ones(()))
 
 
-def sum_in_one_loop(model, deleted):
+def use_xla(model, deleted):
     import tensorflow as tf
 
-    sums = functools.partial(backends.current().sums_in_one_loop, axes=(0,))
-    tf.function(sums, autograph=False, jit_compile=True)([tf.ones(2), tf.ones(2)])
+    backend = backends.current()
+    sums = functools.partial(backend.sums_in_one_loop, axes=(0,))
+    tensors = [tf.ones(2), tf.ones(2)]
+    tf.function(lambda tensors: sums(backend.keep_apart(tensors)), autograph=False)(tensors)
 
 
 def sequential(model):
@@ -269,8 +271,8 @@ ROWS: dict[str, Row] = {
         lambda model: model.variables[0], lambda m, _: distribution.is_distributed(m)
     ),
     "tensorflow.python.ops.control_flow_util.GraphOrParentsInXlaContext": Row(None, trace_for_xla),
-    "tensorflow.compiler.tf2xla.python.xla.variadic_reduce": Row(None, sum_in_one_loop),
-    "tensorflow.compiler.tf2xla.python.xla.optimization_barrier": Row(None, sum_in_one_loop),
+    "tensorflow.compiler.tf2xla.python.xla.variadic_reduce": Row(None, use_xla),
+    "tensorflow.compiler.tf2xla.python.xla.optimization_barrier": Row(None, use_xla),
     "tensorflow.python.framework.config.is_op_determinism_enabled": Row(
         None, lambda *_: keras_internals.is_tensorflow_deterministic()
     ),

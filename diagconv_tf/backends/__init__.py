@@ -139,10 +139,10 @@ class Backend(Protocol):
         """
 
     def sums_in_one_loop(self, tensors: list[Any], axes: tuple[int, ...]) -> list[Any]:
-        """The sum of each of `tensors`, of one shape and dtype, over `axes`, in one loop.
+        """The sum of each of `tensors`, of one shape and dtype, over `axes`, in one loop."""
 
-        XLA merges these sums neither with each other nor with sums of them.
-        """
+    def keep_apart(self, tensors: list[Any]) -> list[Any]:
+        """`tensors`, which XLA computes before all that follows, and as they are."""
 
     def make_complex(self, real: Any, imaginary: Any) -> Any:
         """Complex numbers of two tensors of float32 or float64."""

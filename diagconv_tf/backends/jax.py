@@ -159,8 +159,11 @@ def sums_in_one_loop(tensors: list[Any], axes: tuple[int, ...]) -> list[Any]:
     def add(totals: tuple, terms: tuple) -> tuple:
         return tuple(total + term for total, term in zip(totals, terms, strict=True))
 
-    sums = lax.reduce(tuple(tensors), (zero,) * len(tensors), add, axes)
-    return list(lax.optimization_barrier(sums))
+    return list(lax.reduce(tuple(tensors), (zero,) * len(tensors), add, axes))
+
+
+def keep_apart(tensors: list[Any]) -> list[Any]:
+    return list(lax.optimization_barrier(tensors))
 
 
 def make_complex(real: Any, imaginary: Any) -> Any:

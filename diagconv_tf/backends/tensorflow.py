@@ -240,13 +240,16 @@ def sums_in_one_loop(tensors: list[Any], axes: tuple[int, ...]) -> list[Any]:
         totals, terms = totals_and_terms[: len(tensors)], totals_and_terms[len(tensors) :]
         return [total + term for total, term in zip(totals, terms, strict=True)]
 
-    sums = keras_internals.xla_variadic_reduce()(
+    return keras_internals.xla_variadic_reduce()(
         tensors,
         [tf.zeros((), dtype)] * len(tensors),
         dimensions_to_reduce=axes,
         reducer=add.get_concrete_function(*scalars),
     )
-    return keras_internals.xla_optimization_barrier()(*sums)
+
+
+def keep_apart(tensors: list[Any]) -> list[Any]:
+    return keras_internals.xla_optimization_barrier()(*tensors)
 
 
 def make_complex(real: Any, imaginary: Any) -> Any:

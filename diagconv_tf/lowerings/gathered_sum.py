@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -109,7 +110,11 @@ def forward(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
     rows, columns = (reads_of_inputs(spec, axis, size) for axis, size in enumerate(sizes))
     grouped = geometry.per_group(spec, inputs, spec.input_channels_per_group)
     total = _sum_over_taps(spec, grouped, kernel, rows, columns, multiply)
-    return ops.cast(geometry.merge_groups(spec, total, spec.output_channels), inputs.dtype)
+    outputs = ops.cast(geometry.merge_groups(spec, total, spec.output_channels), inputs.dtype)
+    if geometry.widened_dtype(outputs) != keras.backend.standardize_dtype(outputs.dtype):
+        # XLA would keep them in float32, twice the bytes, where a batch norm asks for that.
+        (outputs,) = backends.current().keep_apart([outputs])
+    return outputs
 
 
 def input_gradient(spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple) -> Any:

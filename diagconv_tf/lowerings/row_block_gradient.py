@@ -147,7 +147,9 @@ def _sum_products(spec: ConvSpec, blocks: Blocks, products: list[Any]) -> Any:
         products: `(images of a block, blocks, rows of a block, columns and channels)`;
             the channels are among the blocks where they come first.
     """
-    totals = backends.current().sums_in_one_loop(products, (0, 2))
+    backend = backends.current()
+    # Apart, or XLA makes one sum over everything of the two.
+    totals = backend.keep_apart(backend.sums_in_one_loop(products, (0, 2)))
     shape: tuple[int, ...] = (-1, spec.output_channels)
     axes: tuple[int, ...] = (1,)
     if spec.channel_axis == 1:

@@ -127,10 +127,11 @@ def test_no_images_at_all():
 
 @pytest.mark.backends("tensorflow")
 @pytest.mark.usefixtures("for_gpu")
-def test_an_unknown_batch():
+@pytest.mark.parametrize("batch", [2, 0])
+def test_an_unknown_batch(batch):
     import tensorflow as tf
 
-    spec = cases.NAMED["same"]
+    spec = cases.NAMED["same"].replace(batch=batch)
     unknown = spec.replace(batch=None)
     signature = [tf.TensorSpec(unknown.input_shape), tf.TensorSpec(spec.kernel_shape)]
 
@@ -268,14 +269,15 @@ class TestBlocks:
             # They cover every row, and no block lies below the image.
             assert blocks.rows * blocks.per_image >= height
             assert blocks.rows * (blocks.per_image - 1) < height
-            assert (batch or 1) % blocks.images == 0
+            assert batch is None or batch % blocks.images == 0
             # XLA makes a loop of the sum: not over too many neighbours.
             assert max(blocks.rows, blocks.images) < 32
-            is_single = blocks.per_image == 1 and blocks.images == (batch or 1)
+            is_single = blocks.per_image == 1 and blocks.images == batch
             assert blocks.rows * blocks.images < (32 if is_single else 57)
 
+    @pytest.mark.parametrize("batch", [64, None])
     @pytest.mark.parametrize("height", [112, 56, 28, 14, 7, 32, 16, 8, 4, 2])
-    def test_64_images_are_summed_by_28_rows_at_least(self, height):
-        blocks = Blocks.of(64, height)
+    def test_blocks_of_usual_sizes_have_28_rows_at_least(self, height, batch):
+        blocks = Blocks.of(batch, height)
         assert blocks.images * blocks.rows >= 28
         assert blocks.rows * blocks.per_image == height

@@ -54,22 +54,18 @@ class Blocks:
     def of(cls, batch: int | None, height: int) -> Blocks:
         """Blocks for `batch` images with `height` rows of outputs.
 
-        Where the batch is not known, or empty, a block has rows of one image.
+        Where the batch is not known, it may be no multiple of a block's images.
         """
         per_image = -(-height // _NEIGHBOURS)
         rows = -(-height // per_image)
-        images = max(n for n in range(1, _NEIGHBOURS + 1) if _is_block(batch, per_image, rows, n))
+        most = min(_NEIGHBOURS, max(1, _ROWS // rows))
+        if batch is None:
+            return cls(most, rows, per_image)
+        images = max(n for n in range(1, most + 1) if batch % n == 0)
+        if images == batch and per_image == 1 and images * rows > _NEIGHBOURS:
+            # All in one block are neighbours.
+            images = max(n for n in range(1, images) if batch % n == 0)
         return cls(images, rows, per_image)
-
-
-def _is_block(batch: int | None, per_image: int, rows: int, images: int) -> bool:
-    """Whether a block may have so many images, each with so many rows."""
-    if images == 1 or not batch:
-        return images == 1
-    # A single block's images are neighbours.
-    is_single = images == batch and per_image == 1
-    most = _NEIGHBOURS if is_single else _ROWS
-    return batch % images == 0 and images * rows <= most
 
 
 def sum_blocks_of_rows(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any:
@@ -87,8 +83,10 @@ def sum_blocks_of_rows(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any
     height, width = geometry.spatial_sizes(spec, output_gradient)
     blocks = Blocks.of(output_gradient.shape[0], height)
     rows = blocks.per_image * blocks.rows
+    output_gradient = _with_whole_blocks(output_gradient, blocks)
     output_gradient = _with_rows(spec, output_gradient, rows)
     extent = (spec.kernel_size[0] - 1) * spec.dilation_rate[0] + 1
+    padded = _with_whole_blocks(padded, blocks)
     padded = _with_rows(spec, padded, (rows - 1) * spec.strides[0] + extent)
 
     gradient = geometry.per_group(
@@ -118,6 +116,14 @@ def sum_blocks_of_rows(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any
         for first in range(0, len(products), 2 * _SUMS)
     ]
     return ops.concatenate(parts)
+
+
+def _with_whole_blocks(tensor: Any, blocks: Blocks) -> Any:
+    """`tensor` with images of zeros, where a batch that is not known here needs them."""
+    if tensor.shape[0] is not None:
+        return tensor
+    missing = -ops.shape(tensor)[0] % blocks.images
+    return backends.current().pad(tensor, [(0, missing), (0, 0), (0, 0), (0, 0)])
 
 
 def _with_rows(spec: ConvSpec, tensor: Any, rows: int) -> Any:

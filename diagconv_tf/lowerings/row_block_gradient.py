@@ -133,7 +133,7 @@ def _with_rows(spec: ConvSpec, tensor: Any, rows: int) -> Any:
 
 
 def _sum_pairs(spec: ConvSpec, blocks: Blocks, products: list[Any]) -> Any:
-    """As `_sum_products`."""
+    """As `_sum_products`, with two sums in a complex number."""
     count = len(products)
     if count % 2:
         products = [*products, ops.zeros_like(products[0])]

@@ -119,9 +119,17 @@ def forward(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
 
 def input_gradient(spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple) -> Any:
     """The derivative by inputs of `input_shape`, whose height and width are known."""
+    axis = geometry.inner_axis(spec)
 
     def multiply(window: Any, tap: list[Any]) -> Any:
-        return geometry.transposed_sum(spec, [(window, tap)])
+        # One output channel after the other: XLA:GPU writes what it sums to memory.
+        outputs = ops.split(window, spec.output_channels_per_group, axis)
+        products = []
+        for weights in tap:
+            parts = ops.split(weights, spec.output_channels_per_group, axis)
+            terms = [output * part for output, part in zip(outputs, parts, strict=True)]
+            products.append(sum(terms[1:], terms[0]))
+        return products[0] if len(products) == 1 else ops.concatenate(products, axis=axis)
 
     sizes = [input_shape[axis] for axis in spec.spatial_axes]
     rows, columns = (reads_of_gradient(spec, axis, size) for axis, size in enumerate(sizes))

@@ -168,19 +168,6 @@ def taps_of(spec: ConvSpec, kernel: Any) -> list[list[Any]]:
     return [weights[first : first + channels] for first in range(0, count, channels)]
 
 
-def transposed_sum(spec: ConvSpec, terms: list[tuple[Any, list[Any]]]) -> Any:
-    """Windows times taps, summed, for every input channel of a group."""
-    axis = inner_axis(spec)
-    totals: list[Any] = [None] * spec.input_channels_per_group
-    for window, tap in terms:
-        for channel, total in enumerate(totals):
-            product = window * tap[channel]
-            if spec.output_channels_per_group > 1:
-                product = ops.sum(product, axis=axis, keepdims=True)
-            totals[channel] = product if total is None else total + product
-    return totals[0] if len(totals) == 1 else ops.concatenate(totals, axis=axis)
-
-
 def widen(tensor: Any) -> Any:
     """`tensor` in the dtype in which its products are summed."""
     return ops.cast(tensor, widened_dtype(tensor))

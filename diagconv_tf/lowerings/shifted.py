@@ -81,7 +81,7 @@ class Shifted(Lowering):
             ]
             if terms:
                 phase = geometry.merge_groups(
-                    spec, geometry.transposed_sum(spec, terms), spec.input_channels
+                    spec, _transposed_sum(spec, terms), spec.input_channels
                 )
                 if strides != [1, 1]:
                     offsets = (vertical, horizontal)
@@ -128,3 +128,16 @@ def _sum_tap_by_tap(spec: ConvSpec, padded: Any, output_gradient: Any) -> Any:
             for channel in range(spec.input_channels_per_group)
         ]
     )
+
+
+def _transposed_sum(spec: ConvSpec, terms: list[tuple[Any, list[Any]]]) -> Any:
+    """Windows times taps, summed, for every input channel of a group."""
+    axis = geometry.inner_axis(spec)
+    totals: list[Any] = [None] * spec.input_channels_per_group
+    for window, tap in terms:
+        for channel, total in enumerate(totals):
+            product = window * tap[channel]
+            if spec.output_channels_per_group > 1:
+                product = ops.sum(product, axis=axis, keepdims=True)
+            totals[channel] = product if total is None else total + product
+    return totals[0] if len(totals) == 1 else ops.concatenate(totals, axis=axis)

@@ -253,6 +253,20 @@ _IN_XLA = PrivateName(
     'Stock layers and lowering="native" work',
     _TF,
 )
+_XLA_REDUCE = PrivateName(
+    "tensorflow.compiler.tf2xla.python.xla",
+    "variadic_reduce",
+    "sum many tensors at once on a GPU",
+    'Stock layers and lowering="native" work',
+    _TF,
+)
+_XLA_BARRIER = PrivateName(
+    "tensorflow.compiler.tf2xla.python.xla",
+    "optimization_barrier",
+    "keep results in the precision of their dtype on a GPU",
+    'Stock layers and lowering="native" work',
+    _TF,
+)
 _JAX_TRACER = PrivateName(
     "jax.core",
     "Tracer",
@@ -574,6 +588,16 @@ def update_container_snapshot(container: Any) -> None:
 def is_traced_for_xla(graph: Any) -> bool:
     """Whether XLA will compile the TensorFlow graph that is being traced."""
     return bool(_IN_XLA.of_module()(graph))
+
+
+def xla_variadic_reduce() -> Callable[..., list[Any]]:
+    """TensorFlow's wrapper of XLA's reduction of several tensors by one function."""
+    return _XLA_REDUCE.of_module()
+
+
+def xla_optimization_barrier() -> Callable[..., list[Any]]:
+    """TensorFlow's wrapper of XLA's barrier: what is before it is not merged with what is after."""
+    return _XLA_BARRIER.of_module()
 
 
 def is_traced_by_jax(value: Any) -> bool:

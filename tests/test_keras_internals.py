@@ -7,6 +7,7 @@ feature that needs it says so. A new release that drops a name fails here by nam
 
 import ast
 import contextlib
+import functools
 import importlib
 import json
 import pathlib
@@ -156,7 +157,16 @@ def clone_function(model, deleted):
 def trace_for_xla(model, deleted):
     import tensorflow as tf
 
-    tf.function(lambda: backends.current().is_compiled_for_cpu(), autograph=False)()
+    tf.function(lambda x: backends.current().compiled_for(x), autograph=False)(tf.ones(()))
+
+
+def use_xla(model, deleted):
+    import tensorflow as tf
+
+    backend = backends.current()
+    sums = functools.partial(backend.sums_in_one_loop, axes=(0,))
+    tensors = [tf.ones(2), tf.ones(2)]
+    tf.function(lambda tensors: sums(backend.keep_apart(tensors)), autograph=False)(tensors)
 
 
 def sequential(model):
@@ -261,6 +271,8 @@ ROWS: dict[str, Row] = {
         lambda model: model.variables[0], lambda m, _: distribution.is_distributed(m)
     ),
     "tensorflow.python.ops.control_flow_util.GraphOrParentsInXlaContext": Row(None, trace_for_xla),
+    "tensorflow.compiler.tf2xla.python.xla.variadic_reduce": Row(None, use_xla),
+    "tensorflow.compiler.tf2xla.python.xla.optimization_barrier": Row(None, use_xla),
     "tensorflow.python.framework.config.is_op_determinism_enabled": Row(
         None, lambda *_: keras_internals.is_tensorflow_deterministic()
     ),

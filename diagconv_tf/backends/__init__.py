@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import keras
+import numpy as np
 
 from diagconv_tf.spec import ConvSpec
 
@@ -119,8 +120,32 @@ class Backend(Protocol):
         i of `values` at `i * stride + offset`.
         """
 
-    def is_compiled_for_cpu(self) -> bool:
-        """Whether what is traced now will be compiled by XLA for a CPU."""
+    def compiled_for(self, tensor: Any) -> str | None:
+        """The kind of device, as `default_device` has it, for which XLA compiles a program.
+
+        Args:
+            tensor: any tensor of the program, which is being traced.
+
+        Returns:
+            None where XLA does not compile it.
+        """
+
+    # What follows is for programs that XLA compiles.
+
+    def gather(self, tensor: Any, indices: np.ndarray, axis: int) -> Any:
+        """Elements of `tensor` along `axis`, at indices that are all inside.
+
+        Not `keras.ops.take`, which checks them.
+        """
+
+    def sums_in_one_loop(self, tensors: list[Any], axes: tuple[int, ...]) -> list[Any]:
+        """The sum of each of `tensors`, of one shape and dtype, over `axes`, in one loop."""
+
+    def keep_apart(self, tensors: list[Any]) -> list[Any]:
+        """`tensors`, which XLA computes before all that follows, and as they are."""
+
+    def make_complex(self, real: Any, imaginary: Any) -> Any:
+        """Complex numbers of two tensors of float32 or float64."""
 
     # What follows is for `keras.distribution`, which only JAX has.
 

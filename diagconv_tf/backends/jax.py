@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -141,9 +142,32 @@ def interior_pad(values: Any, axes: tuple, strides: Sequence, offsets: tuple) ->
     return lax.pad(values, jnp.zeros((), values.dtype), padding)
 
 
-def is_compiled_for_cpu() -> bool:
-    # Loops are compiled even where no function around them is.
-    return default_device()[0] == "cpu"
+def compiled_for(tensor: Any) -> str | None:
+    kind = default_device()[0]
+    # On a CPU loops are all that matters, and they are compiled in any case.
+    return kind if kind == "cpu" or keras_internals.is_traced_by_jax(tensor) else None
+
+
+def gather(tensor: Any, indices: np.ndarray, axis: int) -> Any:
+    index = (slice(None),) * axis + (indices,)
+    return tensor.at[index].get(mode="promise_in_bounds")
+
+
+def sums_in_one_loop(tensors: list[Any], axes: tuple[int, ...]) -> list[Any]:
+    zero = jnp.zeros((), tensors[0].dtype)
+
+    def add(totals: tuple, terms: tuple) -> tuple:
+        return tuple(total + term for total, term in zip(totals, terms, strict=True))
+
+    return list(lax.reduce(tuple(tensors), (zero,) * len(tensors), add, axes))
+
+
+def keep_apart(tensors: list[Any]) -> list[Any]:
+    return list(lax.optimization_barrier(tensors))
+
+
+def make_complex(real: Any, imaginary: Any) -> Any:
+    return lax.complex(real, imaginary)
 
 
 def is_partitioned(tensor: Any) -> bool:

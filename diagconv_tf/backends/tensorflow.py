@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import tensorflow as tf
 
 from diagconv_tf import keras_internals
@@ -123,7 +124,7 @@ def _run_pass(passes: Passes, name: Pass, first: Any, second: Any, *sizes: Any) 
     functions = getattr(graph, "_diagconv_tf_functions", None)
     if functions is None:
         functions = graph._diagconv_tf_functions = {}
-    # One for each context, because `is_compiled_for_cpu` is asked inside.
+    # One for each context, because `compiled_for` is asked inside.
     key = (passes, name, keras_internals.is_traced_for_xla(graph))
     if key not in functions:
         run = functools.partial(_run_in_graph, passes, name)
@@ -220,17 +221,46 @@ def interior_pad(values: Any, axes: tuple, strides: Sequence, offsets: tuple) ->
     return values
 
 
-def is_compiled_for_cpu() -> bool:
+def compiled_for(tensor: Any) -> str | None:
     # The only way to learn it while a function is traced.
     in_xla = keras_internals.is_traced_for_xla(tf.compat.v1.get_default_graph())
-    return in_xla and default_device()[0] == "cpu"
+    return default_device()[0] if in_xla else None
+
+
+def gather(tensor: Any, indices: np.ndarray, axis: int) -> Any:
+    return tf.gather(tensor, indices, axis=axis)
+
+
+def sums_in_one_loop(tensors: list[Any], axes: tuple[int, ...]) -> list[Any]:
+    dtype = tensors[0].dtype
+    scalars = [tf.TensorSpec((), dtype)] * (2 * len(tensors))
+
+    @tf.function(autograph=False)
+    def add(*totals_and_terms: Any) -> list[Any]:
+        totals, terms = totals_and_terms[: len(tensors)], totals_and_terms[len(tensors) :]
+        return [total + term for total, term in zip(totals, terms, strict=True)]
+
+    return keras_internals.xla_variadic_reduce()(
+        tensors,
+        [tf.zeros((), dtype)] * len(tensors),
+        dimensions_to_reduce=axes,
+        reducer=add.get_concrete_function(*scalars),
+    )
+
+
+def keep_apart(tensors: list[Any]) -> list[Any]:
+    return keras_internals.xla_optimization_barrier()(*tensors)
+
+
+def make_complex(real: Any, imaginary: Any) -> Any:
+    return tf.complex(real, imaginary)
 
 
 def _number_of_images(inputs: Any) -> Any:
     """A scalar tensor where `inputs` may be an empty batch on a CPU; None elsewhere."""
     if is_for_inference.get() or inputs.shape[0]:
         return None
-    if default_device()[0] != "cpu" or is_compiled_for_cpu():
+    if default_device()[0] != "cpu" or compiled_for(inputs) is not None:
         return None
     return tf.shape(inputs)[0]
 

@@ -199,8 +199,8 @@ def interior_pad(values: Any, axes: tuple, strides: Sequence, offsets: tuple) ->
     return zeros
 
 
-def is_compiled_for_cpu() -> bool:
-    return False
+def compiled_for(tensor: Any) -> str | None:
+    return None  # PyTorch does not use XLA here.
 
 
 def _window_arguments(spec: ConvSpec) -> dict[str, Any]:

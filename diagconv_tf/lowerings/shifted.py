@@ -6,7 +6,8 @@ image: for every tap, the padded input is shifted and multiplied by the tap's
 weight. The input gradient is such a sum of the output gradient over the flipped
 kernel; where strides leave gaps, one for every phase of the inputs. The kernel
 gradient multiplies every shifted input by the output gradient and sums over
-batch and space; for a CPU under XLA that is a loop over rows.
+batch and space; for a CPU under XLA that is a loop over rows, for a GPU under XLA
+two sums of few rows and of the rest.
 
 Products and sums of half precision are made in float32.
 """
@@ -20,7 +21,7 @@ from typing import Any
 from keras import ops
 
 from diagconv_tf import backends
-from diagconv_tf.lowerings import row_loop_gradient
+from diagconv_tf.lowerings import gathered_sum, row_block_gradient, row_loop_gradient
 from diagconv_tf.lowerings import shift_geometry as geometry
 from diagconv_tf.lowerings.base import Lowering
 from diagconv_tf.spec import ConvSpec
@@ -39,6 +40,8 @@ class Shifted(Lowering):
 
     def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
         sizes = geometry.spatial_sizes(spec, inputs)
+        if gathered_sum.fits(inputs, sizes):
+            return gathered_sum.forward(spec, inputs, kernel)
         padded = geometry.pad(spec, geometry.widen(inputs), spec.padding_for(sizes))
         windows = geometry.windows(
             spec,
@@ -60,6 +63,8 @@ class Shifted(Lowering):
         self, spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple
     ) -> Any:
         sizes = [input_shape[axis] for axis in spec.spatial_axes]
+        if gathered_sum.fits(output_gradient, sizes):
+            return gathered_sum.input_gradient(spec, output_gradient, kernel, input_shape)
         padded, axes = geometry.reads_of_gradient(spec, geometry.widen(output_gradient), sizes)
         padded = geometry.per_group(spec, padded, spec.output_channels_per_group)
         weights = geometry.taps_of(spec, geometry.widen(kernel))
@@ -89,9 +94,12 @@ class Shifted(Lowering):
         return ops.cast(total, output_gradient.dtype)
 
     def kernel_gradient(self, spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
-        padded = geometry.pad(spec, inputs, spec.padding_for(geometry.spatial_sizes(spec, inputs)))
-        if backends.current().is_compiled_for_cpu():
+        sizes = geometry.spatial_sizes(spec, inputs)
+        padded = geometry.pad(spec, inputs, spec.padding_for(sizes))
+        if backends.current().compiled_for(inputs) == "cpu":
             gradient = row_loop_gradient.sum_row_by_row(spec, padded, output_gradient)
+        elif gathered_sum.fits(inputs, sizes):
+            gradient = row_block_gradient.sum_blocks_of_rows(spec, padded, output_gradient)
         else:
             gradient = _sum_tap_by_tap(spec, padded, output_gradient)
         return ops.cast(ops.reshape(gradient, spec.kernel_shape), inputs.dtype)

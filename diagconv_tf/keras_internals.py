@@ -108,7 +108,7 @@ _FLATTEN_LAYERS = PrivateName(
 _SEQUENTIAL_GRAPH = PrivateName(
     "keras.Sequential()",
     "_functional",
-    "tell whether a sequential model has declared its inputs",
+    "find the graph of a sequential model",
     "Functional models work; for others pass a sample batch",
 )
 _INBOUND_NODES = PrivateName("keras.Layer()", "_inbound_nodes", _COPYING, _IN_PLACE)
@@ -282,11 +282,20 @@ _JAX_COORDINATION_CLIENT = PrivateName(
     _JAX,
 )
 
-# Averages of weights and statistics.
-_TRACKER = PrivateName("keras.Layer()", "_tracker", _AVERAGING, _NO_AVERAGING)
+# State that layers get after they are built.
+_TRACKER = PrivateName(
+    "keras.Layer()",
+    "_tracker",
+    "give a built layer averages of its statistics, or a source of noise",
+    "Training without --ema_momentum and without quantized gradients works",
+)
 _UNTRACK_VARIABLE = PrivateName("keras.Layer", "_untrack_variable", _AVERAGING, _NO_AVERAGING)
 _TRACK_TORCH_VARIABLES = PrivateName(
-    "keras.Layer", "_track_variables", _AVERAGING, _NO_AVERAGING, _TORCH
+    "keras.Layer",
+    "_track_variables",
+    "tell PyTorch of averages of statistics, or of a source of noise, in a built layer",
+    "Training without --ema_momentum and without quantized gradients works",
+    _TORCH,
 )
 _AVERAGED_VARIABLES = PrivateName(
     "keras.optimizers.Optimizer()",
@@ -392,6 +401,13 @@ def flatten_layers(
 def declares_inputs(model: keras.Sequential) -> bool:
     """Whether a sequential model knows the shapes of its inputs."""
     return _SEQUENTIAL_GRAPH.of(model) is not None
+
+
+def graph(layer: keras.Operation) -> keras.Function | None:
+    """The graph of a functional or sequential model; None where there is none."""
+    if isinstance(layer, keras.Sequential):
+        return _SEQUENTIAL_GRAPH.of(layer)
+    return layer if isinstance(layer, keras.Function) else None
 
 
 def inbound_nodes(operation: keras.Operation) -> list[Any]:

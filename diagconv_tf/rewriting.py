@@ -200,7 +200,7 @@ def restore(
         return target
 
 
-def decide(
+def preview(
     model: keras.Model, treatment: Treatment, *, rules: Sequence[Rule] = DEFAULT_RULES
 ) -> Treated:
     """What `rewrite(model, treatment)` would do with each layer, as a table; changes nothing.
@@ -279,7 +279,7 @@ def _treatment_summary(treated: Treated, lost: Sequence[str]) -> str:
     ]
     groups: dict[str, list[str]] = {}
     for layer in treated.layers:
-        # Those of layers that are treated name the layer before: `decide` lists them.
+        # Those of layers that are treated name the layer before: `preview` lists them.
         reason = "; ".join(layer.reasons)
         if layer.operands is None:
             groups.setdefault(f"Left as they are ({reason})", []).append(layer.path)

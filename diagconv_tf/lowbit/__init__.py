@@ -19,6 +19,7 @@ from diagconv_tf.lowbit.operands import (
     KernelCodes,
     Operands,
 )
+from diagconv_tf.lowbit.rounding import StochasticRounding
 from diagconv_tf.lowbit.treatment import LowBit, Treated, TreatedLayer, Treatment
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "LowBitDepthwiseConv2D",
     "LowBitSeparableConv2D",
     "Operands",
+    "StochasticRounding",
     "Treated",
     "TreatedLayer",
     "Treatment",

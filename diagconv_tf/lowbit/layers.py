@@ -184,17 +184,6 @@ def set_noise(layer: keras.layers.Layer, noise: NoiseSource | None) -> None:
             tracker.lock()
 
 
-def quantized_kernel(layer: keras.layers.Layer, kernel: Any) -> Any:
-    """A kernel of the layer as `call` multiplies it, in the layer's compute dtype.
-
-    Args:
-        layer: the layer.
-        kernel: one of its variables.
-    """
-    kernel = ops.cast(ops.convert_to_tensor(kernel), layer.compute_dtype)
-    return operands_of(layer).quantize_kernel(kernel)
-
-
 def _finish(
     layer: keras.layers.Layer,
     gradients: GradientOperand | None,

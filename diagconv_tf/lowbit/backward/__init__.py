@@ -1,12 +1,15 @@
-"""What each backend contributes to gradients that pass through something.
+"""What each backend contributes to low-bit training: gradients that pass through something,
+and what differs under `tf.distribute`.
 
-Each module has the two functions below. They are no part of `diagconv_tf.backends`, which
+Each module has the functions below. They are no part of `diagconv_tf.backends`, which
 knows convolutions only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -37,3 +40,15 @@ def of_this_replica(seed: Any) -> Any:
     noise of the whole batch, so that all replicas' parts of it differ already.
     """
     return _BACKEND.of_this_replica(seed)
+
+
+def outside_graphs() -> contextlib.AbstractContextManager:
+    """Inside, values are computed at once, also where TensorFlow is tracing a graph."""
+    return _BACKEND.outside_graphs()
+
+
+def update(
+    variables: Sequence[keras.Variable], function: Callable[[int, Any, Any], Any], seed: Any
+) -> None:
+    """Assigns `function(index, value, seed)` to each variable, the same on all replicas."""
+    _BACKEND.update(variables, function, seed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,3 +33,12 @@ _identity.defvjp(_forward, _backward)
 
 def of_this_replica(seed: Any) -> Any:
     return seed
+
+
+def outside_graphs() -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
+
+
+def update(variables: Sequence[Any], function: Callable[[int, Any, Any], Any], seed: Any) -> None:
+    for index, variable in enumerate(variables):
+        variable.assign(function(index, variable.value, seed))

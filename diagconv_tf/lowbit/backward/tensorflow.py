@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import tensorflow as tf
@@ -74,3 +75,26 @@ def of_this_replica(seed: Any) -> Any:
         return seed
     replica = tf.cast(context.replica_id_in_sync_group, seed.dtype)
     return seed + tf.stack([replica * tf.constant(_BETWEEN_REPLICAS, seed.dtype), 0])
+
+
+def outside_graphs() -> contextlib.AbstractContextManager:
+    return tf.init_scope()
+
+
+def update(variables: Sequence[Any], function: Callable[[int, Any, Any], Any], seed: Any) -> None:
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        for index, variable in enumerate(variables):
+            variable.assign(function(index, variable.value, seed))
+        return
+
+    def update_all(strategy: Any, seed: Any) -> None:
+        for index, variable in enumerate(variables):
+
+            def assign(part: Any, seed: Any, index: int = index) -> None:
+                part.assign(function(index, tf.convert_to_tensor(part), seed))
+
+            strategy.extended.update(variable.value, assign, args=(seed,), group=False)
+
+    # A mirrored variable is only changed on all replicas at once.
+    context.merge_call(update_all, args=(seed,))

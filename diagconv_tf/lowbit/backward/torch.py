@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,3 +34,12 @@ class _Identity(torch.autograd.Function):
 
 def of_this_replica(seed: Any) -> Any:
     return seed
+
+
+def outside_graphs() -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
+
+
+def update(variables: Sequence[Any], function: Callable[[int, Any, Any], Any], seed: Any) -> None:
+    for index, variable in enumerate(variables):
+        variable.assign(function(index, variable.value, seed))

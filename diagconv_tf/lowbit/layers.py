@@ -29,7 +29,7 @@ from diagconv_tf.layers import (
     kernel_channels_axis,
     signature_with,
 )
-from diagconv_tf.lowbit import backward
+from diagconv_tf.lowbit import backends
 from diagconv_tf.lowbit.noise import NoiseSource
 from diagconv_tf.lowbit.operands import GradientOperand, Operands
 from diagconv_tf.lowerings import LoweringChoice, LoweringLike
@@ -196,7 +196,7 @@ def _finish(
     else:
         # One seed for each call: a layer that is called twice in a step has two.
         seed = noise.draw() if gradients.uses_seed and noise is not None else None
-        through = functools.partial(backward.through, gradients, seed=seed)
+        through = functools.partial(backends.through, gradients, seed=seed)
         if gradients.covers_bias:
             outputs = through(add_bias(layer, outputs))
         else:

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from diagconv_tf.lowbit import backward
+from diagconv_tf.lowbit import backends
 
 # Not every backend multiplies unsigned integers; signed ones have the same bits.
 _WORD = "int32" if keras.backend.backend() == "torch" else "uint32"
@@ -42,7 +42,7 @@ class NoiseSource(keras.random.SeedGenerator, keras.Operation):
 
     def draw(self) -> Any:
         """The next seed, as `uniform` takes it."""
-        return backward.of_this_replica(self.next())
+        return backends.of_this_replica(self.next())
 
     def save_own_variables(self, store: Any) -> None:
         store["0"] = ops.convert_to_numpy(self.state)

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from diagconv_tf.lowbit import backward, noise
+from diagconv_tf.lowbit import backends, noise
 
 #: Names of the variables that `select=None` can choose.
 _KERNELS = ("kernel", "depthwise_kernel", "pointwise_kernel")
@@ -204,7 +204,7 @@ class StochasticRounding(keras.optimizers.Optimizer):
         if self.built:
             return
         rounded = _selected(variables, self.select)
-        with backward.outside_graphs():
+        with backends.outside_graphs():
             for variable in rounded:
                 values = ops.convert_to_numpy(variable).astype("float64")
                 largest = float(np.max(np.abs(values), initial=0.0))
@@ -215,8 +215,8 @@ class StochasticRounding(keras.optimizers.Optimizer):
                     )
             for variable in rounded:
                 variable.assign(self.grid.nearest(variable))
-        # Not `setattr`: TensorFlow would take them for variables of the optimizer.
-        vars(self)["_rounded"] = tuple(rounded)
+        # Not `self._rounded =`: TensorFlow would take them for the optimizer's own.
+        object.__setattr__(self, "_rounded", tuple(rounded))
         seed = random.getrandbits(31) if self.seed is None else self.seed & 0x7FFFFFFF
         self._noise = self.add_variable(
             shape=(2,),
@@ -236,7 +236,7 @@ class StochasticRounding(keras.optimizers.Optimizer):
         # A copy: the state is changed before the noise is made of it.
         seed = ops.convert_to_tensor(self._noise) * 1
         self._noise.assign(seed + np.array([0, 1], "int32"))
-        backward.update(self._rounded, self._rounding_of, seed)
+        backends.update(self._rounded, self._rounding_of, seed)
 
     def _rounding_of(self, index: int, value: Any, seed: Any) -> Any:
         """The rounded value of the variable number `index`."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 
-_BACKEND: Any = importlib.import_module(f"diagconv_tf.lowbit.backward.{keras.backend.backend()}")
+_BACKEND: Any = importlib.import_module(f"diagconv_tf.lowbit.backends.{keras.backend.backend()}")
 
 
 def through(operand: Any, tensor: Any, seed: Any = None) -> Any:

@@ -282,7 +282,13 @@ _JAX_COORDINATION_CLIENT = PrivateName(
     _JAX,
 )
 
-# State that layers get after they are built.
+# State that layers get after they are built, and whether it is used.
+_CALL_CONTEXT = PrivateName(
+    "keras.src.backend.common.global_state.GLOBAL_STATE_TRACKER()",
+    "current_call_ctx",
+    "tell whether a layer is called for inference, which needs no noise",
+    "Training without quantized gradients works",
+)
 _TRACKER = PrivateName(
     "keras.Layer()",
     "_tracker",
@@ -463,6 +469,12 @@ def compile_loss_class() -> type:
 def global_state() -> dict[str, Any]:
     """What Keras keeps for this thread: counters of names, the global seed generator, scopes."""
     return vars(_GLOBAL_STATE.of_module())
+
+
+def is_inference() -> bool:
+    """Whether the present call of a layer, or one around it, was given `training=False`."""
+    context = _CALL_CONTEXT.of(_GLOBAL_STATE.of_module())
+    return context is not None and context.training is False
 
 
 def with_other_function(compiled: Any, function: Callable) -> Any:

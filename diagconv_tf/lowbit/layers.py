@@ -191,7 +191,8 @@ def _finish(
     outputs: Any,
 ) -> Any:
     """Adds the bias, applies the activation; the gradient goes through its operand."""
-    if gradients is None:
+    # Inference has no gradients. It leaves the noise as it is, and files of it need none.
+    if gradients is None or keras_internals.is_inference():
         outputs = add_bias(layer, outputs)
     else:
         # One seed for each call: a layer that is called twice in a step has two.

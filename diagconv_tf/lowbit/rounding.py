@@ -218,7 +218,7 @@ class StochasticRounding(keras.optimizers.Optimizer):
         # Not `self._rounded =`: TensorFlow would take them for the optimizer's own.
         object.__setattr__(self, "_rounded", tuple(rounded))
         seed = random.getrandbits(31) if self.seed is None else self.seed & 0x7FFFFFFF
-        self._noise = self.add_variable(
+        self._noise: keras.Variable = self.add_variable(
             shape=(2,),
             initializer=lambda shape, dtype: ops.convert_to_tensor([seed, 0], dtype=dtype),
             dtype="int32",
@@ -234,8 +234,8 @@ class StochasticRounding(keras.optimizers.Optimizer):
                 self.build(list(trainable_variables))
         self.inner_optimizer.apply(grads, trainable_variables)
         # A copy: the state is changed before the noise is made of it.
-        seed = ops.convert_to_tensor(self._noise) * 1
-        self._noise.assign(seed + np.array([0, 1], "int32"))
+        seed = ops.multiply(self._noise, 1)
+        self._noise.assign(ops.add(seed, np.array([0, 1], "int32")))
         backends.update(self._rounded, self._rounding_of, seed)
 
     def _rounding_of(self, index: int, value: Any, seed: Any) -> Any:

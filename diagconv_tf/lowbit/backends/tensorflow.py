@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
@@ -23,6 +24,22 @@ def through(operand: Any, tensor: Any, seed: Any) -> Any:
             return tf.identity(tensor), lambda gradient: operand(gradient, seed)
 
         return identity(tensor)
+    graph = tf.compat.v1.get_default_graph()
+    if not graph.building_function:
+        return _in_graph(operand, tensor, *seeds)
+    # A tape looks for gradients by the type of an operation, and not by the name that is
+    # written on it; inside a function that is called they are found by the name. An
+    # attribute of the graph, so that they live no longer than it.
+    functions = getattr(graph, "_diagconv_tf_operands", None)
+    if functions is None:
+        functions = graph._diagconv_tf_operands = {}
+    if operand not in functions:
+        functions[operand] = tf.function(functools.partial(_in_graph, operand), autograph=False)
+    return functions[operand](tensor, *seeds)
+
+
+def _in_graph(operand: Any, tensor: Any, *seeds: Any) -> Any:
+    """`tensor`, by an operation that carries the name of its gradient."""
     graph = tf.compat.v1.get_default_graph()
     registered = _RegisteredGradient.take(operand)
     with graph.gradient_override_map({"IdentityN": registered.name}):

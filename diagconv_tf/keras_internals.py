@@ -284,11 +284,14 @@ _JAX_COORDINATION_CLIENT = PrivateName(
 
 # State that layers get after they are built, and whether it is used.
 _CALL_CONTEXT = PrivateName(
-    "keras.src.backend.common.global_state.GLOBAL_STATE_TRACKER()",
-    "current_call_ctx",
+    "keras.Layer",
+    "_get_call_context",
     "tell whether a layer is called for inference, which needs no noise",
     "Training without quantized gradients works",
 )
+#: Where `_get_call_context` keeps the context of the calls of this thread. It is not there
+#: outside of all calls, and where `layer.call` is called itself.
+_CALL_CONTEXT_KEY = "current_call_ctx"
 _TRACKER = PrivateName(
     "keras.Layer()",
     "_tracker",
@@ -473,7 +476,8 @@ def global_state() -> dict[str, Any]:
 
 def is_inference() -> bool:
     """Whether the present call of a layer, or one around it, was given `training=False`."""
-    context = _CALL_CONTEXT.of(_GLOBAL_STATE.of_module())
+    _CALL_CONTEXT.of(keras.Layer)
+    context = global_state().get(_CALL_CONTEXT_KEY)
     return context is not None and context.training is False
 
 

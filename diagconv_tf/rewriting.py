@@ -95,7 +95,8 @@ def rewrite(
     A treatment such as `LowBit(weights=1, activations=2, gradients=6)` changes what the
     model computes, in training and after it; a warning says how. Weights stay the float
     ones that the optimizer updates. Layers keep their lowerings, and with a lowering they
-    keep their operands.
+    keep their operands. Quantized gradients give layers new state: treat a model between
+    two calls of `fit`, not inside one.
 
     Args:
         model: a built Keras model.

@@ -105,11 +105,6 @@ def container(model):
     return tf.__internal__.tracking.wrap({"key": 1})
 
 
-def call_state(model):
-    model(X)
-    return importlib.import_module("keras.src.backend.common.global_state").GLOBAL_STATE_TRACKER
-
-
 def run_step(model, deleted):
     TrainingSteps(model, X, Y).run()
 
@@ -274,9 +269,7 @@ ROWS: dict[str, Row] = {
     "jax._src.distributed.State().client": Row(
         jax_state, lambda *_: backends.current().process_store()
     ),
-    "keras.src.backend.common.global_state.GLOBAL_STATE_TRACKER().current_call_ctx": Row(
-        call_state, lambda *_: keras_internals.is_inference()
-    ),
+    "keras.Layer._get_call_context": Row(depthwise, lambda *_: keras_internals.is_inference()),
     "keras.Layer()._tracker": Row(
         lambda model: model.layers[2], lambda m, _: averaging.average_statistics(m, 0.9)
     ),

@@ -347,6 +347,14 @@ def test_noise_is_new_in_each_step_and_goes_on_after_saving_loading_and_copying(
     assert_equal([change(other) for other in (loaded, copied, resumed)], [step] * 3)
 
 
+def test_inference_leaves_the_noise_as_it_is():
+    model = noisy()
+    state = vars(model.get_layer("b"))["_noise"].state
+    for training, count in ((False, 0), (True, 1), (False, 1), (True, 2)):
+        model(NOISY_X, training=training)
+        assert int(to_numpy(state)[1]) == count
+
+
 @pytest.mark.backends("tensorflow", "torch")
 def test_weight_files_are_those_of_the_stock_model(tmp_path, trained):
     low_bit = rewrite(trained, LowBit(1, 2, 6))
@@ -471,6 +479,19 @@ GRAPHS = {
         ["a", "c"],
         {"b": (True, 1.0)},
         ("b", "`a` (Conv2D)"),
+    ),
+    "scales after the ends": (
+        lambda: chain(
+            layers.Conv2D(3, 3, name="a"),
+            layers.PReLU(),
+            layers.Conv2D(3, 3, name="b"),
+            layers.Conv2D(3, 3, name="c"),
+            layers.PReLU(),
+            layers.LayerNormalization(),
+        ),
+        ["a", "c"],
+        {"b": (True, 1.0)},
+        ("b", "(PReLU)"),
     ),
     "inside a composite layer": (
         lambda: chain(

@@ -60,8 +60,8 @@ class LayerFacts:
 def layer_facts(model: keras.Model) -> dict[int, LayerFacts] | None:
     """What the graph tells of the layers inside a model.
 
-    A layer has a kernel where one of its variables has two axes or more and is trained, or
-    would be if the layer were not frozen.
+    A layer has a kernel where one of its weights has two axes or more, unless it scales its
+    inputs element by element, as normalizations do.
 
     Args:
         model: a built model.
@@ -191,10 +191,21 @@ def _has_kernel(operation: Any) -> bool:
     return any(map(_has_own_kernel, _called(operation)))
 
 
+#: Layers that scale their inputs element by element, whatever the shape of their weights.
+_ELEMENTWISE = (
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.Normalization,
+    keras.layers.PReLU,
+)
+
+
 def _has_own_kernel(layer: keras.layers.Layer) -> bool:
+    if isinstance(layer, _ELEMENTWISE):
+        return False
     inside = {id(v) for child in _children(layer) for v in child.weights}
     own = (v for v in layer.weights if id(v) not in inside)
-    # Batch norms' statistics have one axis; those of frozen layers are kernels still.
     return any(len(variable.shape) > 1 for variable in own)
 
 
@@ -285,7 +296,6 @@ _WITH_ZEROS = (
 
 def _range_after(operation: Any, inputs: Sequence[Range]) -> Range:
     name = f"`{operation.name}` ({type(operation).__name__})"
-    # The name of a layer's class may be one of ours.
     kind = type(operation).__name__.lower().replace("_", "")
     if isinstance(operation, keras.layers.ReLU):
         high = _INF if operation.max_value is None else float(operation.max_value)
@@ -306,6 +316,10 @@ def _range_after(operation: Any, inputs: Sequence[Range]) -> Range:
             return _hull(inputs)
         if isinstance(operation, _WITH_ZEROS):
             return inputs[0].hull(Range(0.0, 0.0, inputs[0].origin))
+    # A user's class may have any name.
+    if not type(operation).__module__.startswith("keras."):
+        return _unbounded(name)
+    if isinstance(operation, keras.layers.Layer):
         combine = _COMBINING.get(kind)
         return _combined(combine, inputs, name) if combine else _unbounded(name)
     if kind in _KEEPING_OPERATIONS and inputs:

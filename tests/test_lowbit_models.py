@@ -784,8 +784,8 @@ def test_a_low_bit_model_is_exported_without_its_noise(tmp_path):
 
     model = noisy()
     model.export(tmp_path / "model", verbose=False)
-    outputs = tf.saved_model.load(tmp_path / "model").serve(NOISY_X)
-    np.testing.assert_allclose(outputs, model.predict(NOISY_X, verbose=0), rtol=1e-6)
+    loaded = tf.saved_model.load(tmp_path / "model")
+    np.testing.assert_allclose(loaded.serve(NOISY_X), model.predict(NOISY_X, verbose=0), rtol=1e-6)
 
 
 @pytest.mark.backends("tensorflow")

@@ -198,6 +198,7 @@ class StochasticRounding(keras.optimizers.Optimizer):
         self.rounding = rounding
         self.select = select
         self.seed = seed
+        self._rounded: tuple[keras.Variable, ...] = ()
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Creates the state, and brings the selected variables to the grid."""
@@ -216,7 +217,7 @@ class StochasticRounding(keras.optimizers.Optimizer):
             for variable in rounded:
                 variable.assign(self.grid.nearest(variable))
         # Not `self._rounded =`: TensorFlow would take them for the optimizer's own.
-        object.__setattr__(self, "_rounded", tuple(rounded))
+        vars(self)["_rounded"] = tuple(rounded)
         seed = random.getrandbits(31) if self.seed is None else self.seed & 0x7FFFFFFF
         self._noise: keras.Variable = self.add_variable(
             shape=(2,),

@@ -21,6 +21,7 @@ from diagconv_tf.lowbit import (
 from tests.numerics import MODES, vector_jacobian
 
 BITS = st.integers(1, 8)
+WORDS = st.integers(0, 2**31 - 1)
 EXAMPLES = hypothesis.settings(max_examples=25)
 
 #: Standard errors that a mean may be off. More are seen once in 1.7 million tries.
@@ -127,7 +128,7 @@ def test_gradients_without_noise_are_those_of_the_formula(g, bits):
 
 
 @EXAMPLES
-@hypothesis.given(tensors(), BITS, st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1))
+@hypothesis.given(tensors(), BITS, WORDS, WORDS)
 def test_gradients_with_noise_are_neighbours_on_the_grid(g, bits, first, second):
     n = 2**bits - 1
     values = call(DoReFaGradients(bits), g, np.array([first, second], "int32"))
@@ -246,7 +247,7 @@ def draw(count, first, second):
 
 
 @EXAMPLES
-@hypothesis.given(st.integers(0, 2**31 - 1), st.sampled_from([1, 300]))
+@hypothesis.given(WORDS, WORDS, st.sampled_from([1, 300]))
 def test_the_noise_is_the_same_on_every_backend(first, second, count):
     assert np.array_equal(draw(count, first, second), reference_noise(count, first, second))
 

@@ -217,7 +217,7 @@ class StochasticRounding(keras.optimizers.Optimizer):
             for variable in rounded:
                 variable.assign(self.grid.nearest(variable))
         # Not `self._rounded =`: TensorFlow would take them for the optimizer's own.
-        vars(self)["_rounded"] = tuple(rounded)
+        self.__dict__["_rounded"] = tuple(rounded)
         seed = random.getrandbits(31) if self.seed is None else self.seed & 0x7FFFFFFF
         self._noise: keras.Variable = self.add_variable(
             shape=(2,),

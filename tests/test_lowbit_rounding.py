@@ -72,6 +72,14 @@ def test_stochastic_gives_a_neighbour_and_keeps_the_grid(name, values, number):
         np.testing.assert_allclose(again, rounded, atol=2e-6)
 
 
+def test_a_value_on_the_grid_never_moves():
+    """However float32 rounds it: by chance some of these would move by a step."""
+    values = np.tile((0.1 * np.arange(1000, 2000)).astype("float32"), 300)
+    for step in range(3):
+        rounded = to_numpy(Grid(0.1).stochastic(values, seed(1, step)))
+        np.testing.assert_allclose(rounded, values, atol=1e-3)
+
+
 def test_ties_go_away_from_zero_and_zero_is_positive():
     assert to_numpy(Grid(1.0).nearest(np.float32([0.5, -0.5, 1.5, 2.5, -2.5]))).tolist() == [
         1.0,

@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from diagconv_tf.lowbit import bit_convolution
-from diagconv_tf.lowbit.bit_convolution import Grid, PackedKernel, convolve, dense
+from diagconv_tf.lowbit.bit_convolution import CodeGrid, PackedKernel, convolve, dense
 
 
 def draw(rng, grid, shape):
@@ -38,13 +38,16 @@ def check_dot_products(length, inputs, weights):
 def test_dot_products_of_all_bits_equal_those_of_integers():
     for m, k in itertools.product(range(1, 9), range(1, 9)):
         # Each parity meets each, in turn.
-        check_dot_products(33, Grid(m, (m + k // 2) % 2 == 1), Grid(k, k % 2 == 1))
+        check_dot_products(33, CodeGrid(m, (m + k // 2) % 2 == 1), CodeGrid(k, k % 2 == 1))
 
 
 # In a word, words that are full, and more than a turn of the loop takes.
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 64, 130])
 def test_dot_products_of_any_length_equal_those_of_integers(length):
-    for inputs, weights in ((Grid(2), Grid(1, True)), (Grid(8, True), Grid(4, True))):
+    for inputs, weights in (
+        (CodeGrid(2), CodeGrid(1, True)),
+        (CodeGrid(8, True), CodeGrid(4, True)),
+    ):
         check_dot_products(length, inputs, weights)
 
 
@@ -69,7 +72,7 @@ def test_convolutions_equal_those_of_integers(name, compiled):
         **CONVOLUTIONS[name],
     }
     rng = np.random.default_rng(0)
-    grids = [Grid(2), Grid(1, True)] if compiled else [Grid(1), Grid(2, True)]
+    grids = [CodeGrid(2), CodeGrid(1, True)] if compiled else [CodeGrid(1), CodeGrid(2, True)]
     for inputs, weights in itertools.product(grids, grids):
         codes, integers = draw(rng, inputs, (2, 6, 5, case["channels"]))
         _, kernel = draw(rng, weights, (*case["size"], case["channels"], 4))
@@ -110,14 +113,14 @@ def test_all_words_are_counted():
 @pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("integers", [[[3]], [[2]], [[-2]], [[0]]])
 def test_integers_off_the_grid_are_refused(integers):
-    with pytest.raises(ValueError, match=r"Expected integers of Grid\(bits=1, is_odd=True\)"):
-        PackedKernel.of(np.array(integers), Grid(1, True))
+    with pytest.raises(ValueError, match=r"Expected integers of CodeGrid\(bits=1, is_odd=True\)"):
+        PackedKernel.of(np.array(integers), CodeGrid(1, True))
 
 
 @pytest.mark.backends("tensorflow")
 def test_sums_that_overflow_are_refused():
-    kernel = PackedKernel.of(np.zeros((33_100, 1), "int64"), Grid(8))
+    kernel = PackedKernel.of(np.zeros((33_100, 1), "int64"), CodeGrid(8))
     with pytest.raises(ValueError, match=r"Expected sums below 2\*\*31. Received: 33100 products"):
-        dense(ops.zeros((1, 33_100), "int32"), Grid(8), kernel)
+        dense(ops.zeros((1, 33_100), "int32"), CodeGrid(8), kernel)
     with pytest.raises(ValueError, match="Expected `bits` to be from 1 to 8. Received: 9"):
-        Grid(9)
+        CodeGrid(9)

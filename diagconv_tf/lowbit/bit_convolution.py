@@ -8,7 +8,7 @@ A vector's m-th bits are packed into 32-bit words, so that one AND and one popul
 serve 32 elements. Everything is integer arithmetic, and exact, on every backend.
 
 Quantized tensors are not always unsigned codes. What DoReFa calls a weight of k bits is an odd
-integer between -n and n, with n = 2**k - 1. `Grid` says how integers follow from codes:
+integer between -n and n, with n = 2**k - 1. `CodeGrid` says how integers follow from codes:
 `integer = step * code + offset`; then
 
     Σ x y = s_x s_y Σ u v + s_x o_y Σ u + o_x s_y Σ v + o_x o_y · length,
@@ -37,7 +37,7 @@ _TERMS_OF_A_TURN = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class CodeGrid:
     """The integers that codes stand for: `step * code + offset`.
 
     Attributes:
@@ -86,13 +86,13 @@ class PackedKernel:
 
     words: Any
     sums: Any
-    grid: Grid
+    grid: CodeGrid
     kernel_size: tuple[int, int]
     channels: int
     outputs: int
 
     @classmethod
-    def of(cls, integers: np.ndarray, grid: Grid) -> PackedKernel:
+    def of(cls, integers: np.ndarray, grid: CodeGrid) -> PackedKernel:
         """Packs a kernel.
 
         Args:
@@ -127,7 +127,7 @@ class PackedKernel:
             outputs=outputs,
         )
 
-    def check_sums(self, inputs: Grid) -> None:
+    def check_sums(self, inputs: CodeGrid) -> None:
         """Refuses products whose sums may not fit 32 bits.
 
         Raises:
@@ -141,7 +141,7 @@ class PackedKernel:
             )
 
 
-def dense(codes: Any, grid: Grid, kernel: PackedKernel) -> Any:
+def dense(codes: Any, grid: CodeGrid, kernel: PackedKernel) -> Any:
     """The product of integers and a matrix of integers.
 
     Args:
@@ -162,7 +162,7 @@ def dense(codes: Any, grid: Grid, kernel: PackedKernel) -> Any:
 
 def convolve(
     codes: Any,
-    grid: Grid,
+    grid: CodeGrid,
     kernel: PackedKernel,
     strides: Sequence[int] = (1, 1),
     dilation_rate: Sequence[int] = (1, 1),

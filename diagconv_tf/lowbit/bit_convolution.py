@@ -106,7 +106,7 @@ class PackedKernel:
         integers = np.asarray(integers).astype("int64")
         if integers.ndim == 2:
             integers = integers[None, None]
-        codes = (integers - grid.offset) // grid.step
+        codes: np.ndarray = (integers - grid.offset) // grid.step
         off_grid = (codes * grid.step + grid.offset != integers) | (codes < 0)
         if (off_grid | (codes > grid.largest)).any():
             raise ValueError(
@@ -116,7 +116,7 @@ class PackedKernel:
         columns = codes.transpose(2, 0, 1, 3).reshape(channels, -1)
         planes = np.stack([columns >> bit & 1 for bit in range(grid.bits)])
         padded = np.pad(planes, ((0, 0), (0, -channels % _WORD_BITS), (0, 0))).astype("uint32")
-        shifts = np.arange(_WORD_BITS, dtype="uint32")[:, None]
+        shifts: np.ndarray = np.arange(_WORD_BITS, dtype="uint32")[:, None]
         words = (padded.reshape(grid.bits, -1, _WORD_BITS, columns.shape[1]) << shifts).sum(2)
         return cls(
             words=words.astype("uint32").view("int32").transpose(1, 0, 2),
@@ -185,89 +185,81 @@ def convolve(
         ValueError: if sums may not fit 32 bits.
     """
     kernel.check_sums(grid)
-    windows = _Windows(
-        (codes.shape[1], codes.shape[2]), kernel.kernel_size, strides, dilation_rate, padding
-    )
-    height, width = windows.outputs
+    axes = zip(codes.shape[1:3], kernel.kernel_size, strides, dilation_rate, padding, strict=True)
+    windows = _Windows(*(_Axis(*axis) for axis in axes))
+    height, width = windows.vertical.outputs, windows.horizontal.outputs
     weights = kernel.grid
     # Of codes that are 0 where the image is padded: nothing is added there.
     total = grid.step * weights.step * _bit_products(windows, codes, grid.bits, kernel)
     if weights.offset:
-        sums = ops.sum(codes, axis=3, keepdims=True)
-        inside = sum(windows.of(sums, tap) for tap in range(windows.taps))
+        inside = sum(windows.of(ops.sum(codes, axis=3, keepdims=True)))
         total += grid.step * weights.offset * ops.reshape(inside, (-1, 1))
     if grid.offset:
         covered = ops.convert_to_tensor(windows.covered())
         per_tap = weights.step * kernel.sums + weights.offset * kernel.channels
-        constant = sum(covered[:, tap, None] * per_tap[tap] for tap in range(windows.taps))
+        constant = sum(covered[:, tap, None] * per_tap[tap] for tap in range(len(windows.taps)))
         total = ops.reshape(total, (-1, height * width, kernel.outputs)) + grid.offset * constant
     return ops.reshape(total, (-1, height, width, kernel.outputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """Height or width of an image, and which part of it each row or column of a kernel meets."""
+
+    size: int
+    kernel_size: int
+    stride: int
+    dilation_rate: int
+    padding: tuple[int, int]
+
+    @property
+    def outputs(self) -> int:
+        extent = (self.kernel_size - 1) * self.dilation_rate + 1
+        return (self.size + sum(self.padding) - extent) // self.stride + 1
+
+    def window(self, tap: int) -> slice:
+        """Of the padded image."""
+        first = tap * self.dilation_rate
+        return slice(first, first + (self.outputs - 1) * self.stride + 1, self.stride)
+
+    def is_inside(self, tap: int) -> np.ndarray:
+        """For each output, whether the tap meets the image, not the padding."""
+        window = self.window(tap)
+        positions: np.ndarray = np.arange(window.start, window.stop, window.step) - self.padding[0]
+        return (positions >= 0) & (positions < self.size)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Windows:
     """Which pixels each tap of a kernel meets."""
 
-    size: tuple[int, int]
-    kernel_size: tuple[int, int]
-    strides: Sequence[int]
-    dilation_rate: Sequence[int]
-    padding: Sequence[tuple[int, int]]
+    vertical: _Axis
+    horizontal: _Axis
 
     @property
-    def taps(self) -> int:
-        return self.kernel_size[0] * self.kernel_size[1]
-
-    @property
-    def outputs(self) -> tuple[int, int]:
-        """Height and width of the result."""
-        height, width = (
-            (size + sum(pad) - (kernel - 1) * dilation - 1) // stride + 1
-            for size, pad, kernel, dilation, stride in zip(
-                self.size,
-                self.padding,
-                self.kernel_size,
-                self.dilation_rate,
-                self.strides,
-                strict=True,
-            )
+    def taps(self) -> list[tuple[int, int]]:
+        """Row and column of each tap."""
+        return list(
+            itertools.product(range(self.vertical.kernel_size), range(self.horizontal.kernel_size))
         )
-        return height, width
 
-    def of(self, image: Any, tap: int) -> Any:
-        """What a tap meets of an image `(batch, height, width, channels)`, padded with 0."""
-        if any(any(pair) for pair in self.padding):
-            image = ops.pad(image, ((0, 0), *self.padding, (0, 0)))
-        (top, bottom, down), (left, right, along) = (
-            (first, first + (count - 1) * stride + 1, stride)
-            for first, count, stride in zip(
-                self._first(tap), self.outputs, self.strides, strict=True
-            )
-        )
-        return image[:, top:bottom:down, left:right:along]
+    def of(self, image: Any) -> list[Any]:
+        """What each tap meets of an image `(batch, height, width, channels)`, padded with 0."""
+        widths = ((0, 0), self.vertical.padding, self.horizontal.padding, (0, 0))
+        if any(map(any, widths)):
+            image = ops.pad(image, widths)
+        return [
+            image[:, self.vertical.window(row), self.horizontal.window(column)]
+            for row, column in self.taps
+        ]
 
     def covered(self) -> np.ndarray:
         """int32, `(height * width, taps)`: 1 where a tap meets the image, 0 in the padding."""
-        inside = []
-        for tap in range(self.taps):
-            rows, columns = (
-                (first + np.arange(count) * stride - before, size)
-                for first, count, stride, (before, _), size in zip(
-                    self._first(tap),
-                    self.outputs,
-                    self.strides,
-                    self.padding,
-                    self.size,
-                    strict=True,
-                )
-            )
-            vertical, horizontal = ((at >= 0) & (at < size) for at, size in (rows, columns))
-            inside.append((vertical[:, None] & horizontal).ravel())
-        return np.stack(inside, axis=1).astype("int32")
-
-    def _first(self, tap: int) -> tuple[int, int]:
-        row, column = divmod(tap, self.kernel_size[1])
-        return row * self.dilation_rate[0], column * self.dilation_rate[1]
+        inside = [
+            self.vertical.is_inside(row)[:, None] & self.horizontal.is_inside(column)
+            for row, column in self.taps
+        ]
+        return np.stack([tap.ravel() for tap in inside], axis=1).astype("int32")
 
 
 def _bit_products(windows: _Windows, codes: Any, bits: int, kernel: PackedKernel) -> Any:
@@ -275,19 +267,17 @@ def _bit_products(windows: _Windows, codes: Any, bits: int, kernel: PackedKernel
     words = _pack(codes, bits)
     length = words.shape[3]
     image = ops.reshape(words, (*ops.shape(words)[:3], length * bits))
-    # A tap's words lie one after another: (words, bits, pixels), and (words, bits, outputs).
+    # The words of a tap lie one after another: (words, bits, pixels), (words, bits, outputs).
     inputs = ops.concatenate(
         [
-            ops.reshape(ops.transpose(windows.of(image, tap), (3, 0, 1, 2)), (length, bits, -1))
-            for tap in range(windows.taps)
+            ops.reshape(ops.transpose(window, (3, 0, 1, 2)), (length, bits, -1))
+            for window in windows.of(image)
         ]
     )
+    taps = len(windows.taps)
+    weights = ops.reshape(kernel.words, (length, kernel.grid.bits, taps, kernel.outputs))
     weights = ops.reshape(
-        ops.transpose(
-            ops.reshape(kernel.words, (length, kernel.grid.bits, windows.taps, kernel.outputs)),
-            (2, 0, 1, 3),
-        ),
-        (windows.taps * length, kernel.grid.bits, kernel.outputs),
+        ops.transpose(weights, (2, 0, 1, 3)), (taps * length, kernel.grid.bits, kernel.outputs)
     )
     return _sum_of_terms(inputs, weights)
 
@@ -333,18 +323,15 @@ def _sum_of_terms(inputs: Any, weights: Any) -> Any:
     turns, rest = divmod(words, turn)
     if turns > 1:
 
+        def turn_of(tensor: Any, index: Any) -> Any:
+            return ops.slice(tensor, (index * turn, 0, 0), (turn, *ops.shape(tensor)[1:]))
+
         def add_turn(index: Any, total: Any) -> Any:
-            some = [
-                ops.slice(tensor, (index * turn, 0, 0), (turn, *ops.shape(tensor)[1:]))
-                for tensor in (inputs, weights)
-            ]
-            return add_words(total, *some, turn)
+            return add_words(total, turn_of(inputs, index), turn_of(weights, index), turn)
 
         total = ops.fori_loop(0, turns, add_turn, total)
-        inputs, weights = inputs[turns * turn :], weights[turns * turn :]
-    else:
-        rest = words
-    return add_words(total, inputs, weights, rest)
+        return add_words(total, inputs[turns * turn :], weights[turns * turn :], rest)
+    return add_words(total, inputs, weights, words)
 
 
 def _population_count(words: Any) -> Any:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from diagconv_tf.lowbit import bit_convolution
+from diagconv_tf import deploy, rewrite
+from diagconv_tf.lowbit import LowBit, bit_convolution
 from diagconv_tf.lowbit.bit_convolution import CodeGrid, PackedKernel, convolve, dense
 
 
@@ -124,3 +125,74 @@ def test_sums_that_overflow_are_refused():
         dense(ops.zeros((1, 33_100), "int32"), CodeGrid(8), kernel)
     with pytest.raises(ValueError, match="Expected `bits` to be from 1 to 8. Received: 9"):
         CodeGrid(9)
+
+
+# Layers ------------------------------------------------------------------
+
+
+def low_bit_network():
+    inputs = keras.Input((9, 8, 2))
+    x = keras.layers.Conv2D(6, 3, name="first")(inputs)
+    x = keras.layers.Conv2D(5, 3, padding="same", strides=2, activation="relu", name="signed")(x)
+    x = keras.layers.Conv2D(4, 2, dilation_rate=2, use_bias=False, name="unsigned")(x)
+    x = keras.layers.ReLU()(x)
+    x = keras.layers.DepthwiseConv2D(1, name="depthwise")(x)
+    x = keras.layers.Dense(7, activation="relu", name="dense")(keras.layers.Flatten()(x))
+    model = keras.Model(inputs, keras.layers.Dense(3, name="last")(x))
+    for variable in model.trainable_variables:
+        if variable.path.endswith("bias"):
+            variable.assign(np.linspace(-1, 1, variable.shape[0]))
+    return model
+
+
+IMAGES = np.random.default_rng(0).normal(size=(3, 9, 8, 2)).astype("float32")
+
+
+@pytest.mark.parametrize("bits", [(1, 2), (3, 4)])
+def test_layers_of_bits_compute_what_the_low_bit_layers_do(bits, tmp_path, caplog):
+    model = rewrite(low_bit_network(), LowBit(weights=bits[0], activations=bits[1]))
+    with caplog.at_level("INFO"):
+        deployed = deploy(model, kernels="bits")
+    expected = ops.convert_to_numpy(model(IMAGES))
+    np.testing.assert_allclose(ops.convert_to_numpy(deployed(IMAGES)), expected, atol=2e-5)
+    classes = {layer.name: type(layer).__name__ for layer in deployed.layers}
+    assert classes["signed"] == classes["unsigned"] == "BitConv2D"
+    assert classes["dense"] == "BitDense"
+    assert classes["first"] == "Conv2D"
+    assert "3 of 4 low-bit layers multiply bits. depthwise: " in caplog.text
+    deployed.save(tmp_path / "bits.keras")
+    loaded = keras.saving.load_model(tmp_path / "bits.keras")
+    assert np.array_equal(
+        ops.convert_to_numpy(loaded(IMAGES)), ops.convert_to_numpy(deployed(IMAGES))
+    )
+
+
+@pytest.mark.backends("torch")
+def test_the_kernel_is_kept_as_bits():
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32, use_bias=False)])
+    rewrite(model, LowBit(2, 2, skip=()), in_place=True)
+    (dense,) = deploy(model, kernels="bits").layers
+    assert dense.words.shape == (64 // 32, 2, 32)
+
+
+@pytest.mark.backends("torch")
+def test_models_without_a_layer_for_bits_are_refused():
+    model = rewrite(low_bit_network(), LowBit(weights=2))
+    with pytest.raises(ValueError, match="signed: its inputs are not quantized"):
+        deploy(model, kernels="bits")
+    with pytest.raises(ValueError, match='`kernels` to be "float" or "bits". Received: 2'):
+        deploy(model, kernels=2)
+
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(2)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    own = Own()
+    own(np.ones((1, 3), "float32"))
+    rewrite(own, LowBit(2, 2, skip=()), in_place=True)
+    with pytest.raises(ValueError, match="Expected a functional or sequential model"):
+        deploy(own, kernels="bits")

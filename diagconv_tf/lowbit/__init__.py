@@ -5,6 +5,7 @@ lowering, a quantizer changes what a layer computes. It is simulated in floating
 that training does not get faster.
 """
 
+from diagconv_tf.lowbit.bit_layers import BitConv2D, BitDense
 from diagconv_tf.lowbit.layers import (
     LowBitConv2D,
     LowBitDense,
@@ -24,6 +25,8 @@ from diagconv_tf.lowbit.treatment import LowBit, Treated, TreatedLayer, Treatmen
 
 __all__ = [
     "BinaryConnect",
+    "BitConv2D",
+    "BitDense",
     "DoReFaActivations",
     "DoReFaGradients",
     "DoReFaWeights",

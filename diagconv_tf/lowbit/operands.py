@@ -264,17 +264,34 @@ class DoReFaActivations(_Serialisable):
         if self.bits == FLOAT_BITS:
             return inputs
         wide = _wide(inputs)
-        lowest = -self.limit if self.signed else 0.0
-        clipped = ops.clip(wide, lowest, self.limit)
+        clipped = self._clip(wide)
         # Backends differ in the gradient of `clip` at its ends. Zeros are common there.
         soft = ops.where(ops.equal(clipped, wide), wide, ops.stop_gradient(clipped))
+        codes = self._codes(clipped)
+        if self.signed:
+            codes = ops.subtract(ops.multiply(codes, 2.0), 2.0**self.bits - 1)
+        return _straight_through(soft, ops.multiply(codes, self.scale), inputs.dtype)
+
+    def codes(self, inputs: Any) -> Any:
+        """What calling it gives, as int32 codes from 0 to n.
+
+        The quantized inputs are `scale * code`, and where `signed` `scale * (2 * code - n)`.
+
+        Raises:
+            ValueError: for 32 bits.
+        """
+        if self.bits == FLOAT_BITS:
+            raise ValueError(f"Expected a quantizer of at most 8 bits. Received: {self}")
+        return ops.cast(self._codes(self._clip(_wide(inputs))), "int32")
+
+    def _clip(self, inputs: Any) -> Any:
+        return ops.clip(inputs, -self.limit if self.signed else 0.0, self.limit)
+
+    def _codes(self, clipped: Any) -> Any:
         n = float(2**self.bits - 1)
         if self.signed:
-            steps = ops.add(ops.multiply(clipped, 0.5 * n / self.limit), 0.5 * n)
-            codes = ops.subtract(ops.multiply(ops.round(steps), 2.0), n)
-        else:
-            codes = ops.round(ops.multiply(clipped, n / self.limit))
-        return _straight_through(soft, ops.multiply(codes, self.scale), inputs.dtype)
+            return ops.round(ops.add(ops.multiply(clipped, 0.5 * n / self.limit), 0.5 * n))
+        return ops.round(ops.multiply(clipped, n / self.limit))
 
 
 def check_limit(limit: Any) -> None:

@@ -6,6 +6,7 @@ the layers with Keras, so that files with them can be loaded.
 """
 
 from diagconv_tf.auto import Choice, choose
+from diagconv_tf.deployment import deploy, kernel_codes
 from diagconv_tf.environment import Conditions
 from diagconv_tf.exporting import ExportError, ExportReport, export
 from diagconv_tf.inspection import Inspection, inspect_model
@@ -14,9 +15,10 @@ from diagconv_tf.layers import (
     DiagonalwiseDepthwiseConv2D,
     DiagonalwiseSeparableConv2D,
 )
+from diagconv_tf.lowbit import LowBit
 from diagconv_tf.lowerings import why_not
 from diagconv_tf.plan import Plan
-from diagconv_tf.rewriting import restore, rewrite
+from diagconv_tf.rewriting import preview, restore, rewrite
 from diagconv_tf.rules import DEFAULT_RULES, Rule
 from diagconv_tf.spec import ConvSpec
 from diagconv_tf.step_timer import StepTimer
@@ -36,13 +38,17 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "Inspection",
+    "LowBit",
     "Plan",
     "Rule",
     "StepTimer",
     "choose",
+    "deploy",
     "export",
     "inspect_model",
+    "kernel_codes",
     "load_weights",
+    "preview",
     "restore",
     "rewrite",
     "save_weights",

@@ -8,7 +8,7 @@ goes on doing so.
 `swap` changes layers for good, with the functions that Keras compiled from them.
 `swapped` changes them for a while. Both restore everything when they are
 interrupted, and both hold `lock`. Calls of the layers need no lock: a layer's
-`_lowering` is set before its class becomes ours, and stays during `swapped`.
+settings are set before its class becomes ours, and stay during `swapped`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from typing import Any
 
 import keras
 
+from diagconv_tf import keras_internals
 from diagconv_tf.layers import LoweredLayer
+from diagconv_tf.lowbit.layers import new_noise, noise_of, set_noise
+from diagconv_tf.lowbit.noise import NoiseSource
+from diagconv_tf.lowbit.operands import Operands
 from diagconv_tf.lowerings import LoweringChoice, LoweringLike, parse
 from diagconv_tf.model_tree import walk_layers
-from diagconv_tf.rules import Rule
+from diagconv_tf.rules import LOWERING, OPERANDS, Family
 from diagconv_tf.spec import STOCK
 
 #: Held by whoever changes layers, or decides by their classes. It is one for all
@@ -45,46 +49,90 @@ class LayerState:
         layer_class: its class.
         lowering: the lowering that the layer itself holds; None where that of
             its class holds, or there is none.
+        operands: what the layer's operands go through; None where they go
+            through nothing.
+        noise: the layer's source of noise, or None.
     """
 
     layer: keras.layers.Layer
     layer_class: type[keras.layers.Layer]
     lowering: LoweringChoice | None
+    operands: Operands | None = None
+    noise: NoiseSource | None = None
 
     @classmethod
     def of(cls, layer: keras.layers.Layer) -> LayerState:
         """The present state of `layer`."""
-        return cls(layer, type(layer), vars(layer).get("_lowering"))
+        held = vars(layer)
+        lowering, operands = held.get("_lowering"), held.get("_operands")
+        return cls(layer, type(layer), lowering, operands, noise_of(layer))
 
-    @classmethod
-    def by_rule(
-        cls, layer: keras.layers.Layer, rule: Rule, lowering: LoweringLike | LoweringChoice
-    ) -> LayerState:
-        """The state that a rule and a lowering give to `layer`; the layer is not changed.
+    def with_lowering(self, family: Family, lowering: LoweringLike | LoweringChoice) -> LayerState:
+        """This state with another lowering; the layer is not changed.
 
         Args:
-            layer: a layer of the rule's source or replacement.
-            rule: what the layer can be.
-            lowering: `"stock"` for the rule's source, else what the replacement
-                computes with. A replacement that is no layer of ours has none.
+            family: the layer's.
+            lowering: `"stock"` for none, else what the layer computes with. A class
+                that is no layer of ours has none.
 
         Raises:
             ValueError: if `lowering` is not known.
         """
-        if lowering == STOCK:
-            return cls(layer, rule.source, None)
-        choice = parse(lowering)
-        lowered = issubclass(rule.replacement, LoweredLayer)
-        return cls(layer, rule.replacement, choice if lowered else None)
+        choice = None if lowering == STOCK else parse(lowering)
+        settings = self._settings(family) - {LOWERING} | ({LOWERING} if choice else set())
+        layer_class = family.class_for(settings, self.layer_class)
+        if not issubclass(layer_class, LoweredLayer):
+            choice = None
+        return dataclasses.replace(self, layer_class=layer_class, lowering=choice)
+
+    def with_operands(self, family: Family, operands: Operands | None) -> LayerState:
+        """This state with other operands; the layer is not changed.
+
+        Args:
+            family: the layer's.
+            operands: what they go through; None for nothing. A layer that needs noise
+                keeps the source that it has, unless a seed asks for another one.
+
+        Raises:
+            ValueError: if no class of the family holds the layer's settings.
+        """
+        if operands == Operands():
+            operands = None
+        settings = self._settings(family) - {OPERANDS} | ({OPERANDS} if operands else set())
+        noise = None
+        if operands is not None and operands.uses_seed:
+            noise = self.noise if self._keeps_noise(operands) else new_noise(operands)
+        lowering = None
+        if LOWERING in settings:
+            # A low-bit class has no lowering of its own.
+            lowering = self.lowering or getattr(self.layer_class, "_lowering", None)
+        layer_class = family.class_for(settings, self.layer_class)
+        return LayerState(self.layer, layer_class, lowering, operands, noise)
+
+    def _keeps_noise(self, operands: Operands) -> bool:
+        if self.noise is None or self.operands is None:
+            return False
+        seeds = [getattr(of.gradients, "seed", None) for of in (self.operands, operands)]
+        return seeds[1] in (None, seeds[0])
+
+    def _settings(self, family: Family) -> set[str]:
+        """The settings that the layer has, not only could have."""
+        has = {OPERANDS} if self.operands is not None else set()
+        held = family.held_by(self.layer_class)
+        if self.lowering is not None or held == {LOWERING}:
+            has.add(LOWERING)
+        return has
 
     def set(self) -> None:
-        """Brings the layer into this state; takes about a microsecond."""
-        # Another thread may be calling the layer: one of ours must find its lowering.
-        if self.lowering is not None:
-            vars(self.layer)["_lowering"] = self.lowering
+        """Brings the layer into this state; takes some microseconds."""
+        # Another thread may be calling the layer: one of ours must find its settings.
+        settings = {"_lowering": self.lowering, "_operands": self.operands}
+        held = {name: value for name, value in settings.items() if value is not None}
+        vars(self.layer).update(held)
+        set_noise(self.layer, self.noise)
         set_class(self.layer, self.layer_class)
-        if self.lowering is None:
-            vars(self.layer).pop("_lowering", None)
+        for name in settings.keys() - held.keys():
+            vars(self.layer).pop(name, None)
 
 
 def set_class(layer: keras.layers.Layer, layer_class: type[keras.layers.Layer]) -> None:
@@ -93,10 +141,10 @@ def set_class(layer: keras.layers.Layer, layer_class: type[keras.layers.Layer]) 
 
 
 def become(
-    layer: keras.layers.Layer, rule: Rule, lowering: LoweringLike | LoweringChoice
+    layer: keras.layers.Layer, family: Family, lowering: LoweringLike | LoweringChoice
 ) -> LayerState:
-    """Brings `layer` into the state of `LayerState.by_rule`, and returns it."""
-    state = LayerState.by_rule(layer, rule, lowering)
+    """Gives `layer` a lowering, or `"stock"`, and returns its state."""
+    state = LayerState.of(layer).with_lowering(family, lowering)
     state.set()
     return state
 
@@ -117,12 +165,19 @@ def swap(model: keras.Model, states: Sequence[LayerState]) -> None:
             if (function := getattr(owner, f"{kind}_function", None)) is not None
         ]
         before = [LayerState.of(state.layer) for state in states]
+        new_noise = any(a.noise is not b.noise for a, b in zip(states, before, strict=True))
+        retrack = new_noise and keras.backend.backend() == "torch"
         try:
             _set_all(states)
+            if retrack:
+                # Containers list the variables of what is inside them, too.
+                keras_internals.track_torch_variables(model)
             for owner, kind, _ in functions:
                 recompile(owner, kind)
         except BaseException:
             _set_all(before)
+            if retrack:
+                keras_internals.track_torch_variables(model)
             for owner, kind, function in functions:
                 setattr(owner, f"{kind}_function", function)
             raise

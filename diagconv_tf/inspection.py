@@ -1,20 +1,28 @@
-"""inspect_model: which layers can be rewritten, their FLOPs, and the reasons why not."""
+"""inspect_model: which layers can be rewritten, their FLOPs, and the reasons why not; which
+layers are low-bit, and what they save.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
+from rich.console import Group
 from rich.table import Table
 
 from diagconv_tf import class_swap, flops, tracing
-from diagconv_tf.layers import LoweredLayer, layer_spec
+from diagconv_tf.layers import layer_spec
+from diagconv_tf.lowbit.layers import kernels_of, operands_of
+from diagconv_tf.lowbit.operands import FLOAT_BITS, Operands
+from diagconv_tf.lowbit.treatment import describe
 from diagconv_tf.model_tree import PlacedLayer, check_built, walk_layers
 from diagconv_tf.preserving import preserved_state
-from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
+from diagconv_tf.rules import DEFAULT_RULES, LOWERING, Rule, find_family
 from diagconv_tf.spec import STOCK, ConvSpec
 from diagconv_tf.text import as_text
 
@@ -99,8 +107,45 @@ class ConvolutionRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class LowBitRow:
+    """One dense layer or convolution whose operands go through something.
+
+    Attributes:
+        path: as in `ConvolutionRow`.
+        other_paths: further paths of a shared layer.
+        class_name: name of the layer's class.
+        operands: what kernel, inputs and output gradient go through.
+        kernel_bits: bits of a weight.
+        input_bits: bits of an activation.
+        weights: number of the kernels' elements; biases stay float.
+        macs: multiplications with addition of one forward pass, over all calls;
+            None if a size is not known.
+        integer_macs: those of them whose factors are both integers times a scale:
+            none if kernel or inputs are float; of a separable layer, the
+            depthwise half's.
+    """
+
+    path: str
+    other_paths: tuple[str, ...]
+    class_name: str
+    operands: Operands
+    kernel_bits: int
+    input_bits: int
+    weights: int
+    macs: int | None
+    integer_macs: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes, as types of JSON."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts = {f.name: getattr(self.operands, f.name) for f in dataclasses.fields(Operands)}
+        described = {name: None if part is None else str(part) for name, part in parts.items()}
+        return {**fields, "operands": described}
+
+
+@dataclasses.dataclass(frozen=True)
 class Inspection:
-    """The convolutions with groups of a model.
+    """The convolutions with groups of a model, and its low-bit layers.
 
     Attributes:
         model_name: the model's name.
@@ -110,6 +155,10 @@ class Inspection:
         total_flops: FLOPs of one forward pass of the model's convolutions and
             dense layers; None if a size is not known.
         unknown: why sizes are not known; empty if they are.
+        low_bit: one row per low-bit layer, in the model's order.
+        float_bytes: size of all weights as they are stored in training.
+        low_bit_bytes: size of all weights when the kernels of low-bit layers are
+            stored with their bits, packed, and one float32 scale each.
     """
 
     model_name: str
@@ -117,15 +166,26 @@ class Inspection:
     rows: tuple[ConvolutionRow, ...]
     total_flops: int | None
     unknown: str
+    low_bit: tuple[LowBitRow, ...] = ()
+    float_bytes: int = 0
+    low_bit_bytes: int = 0
+
+    @property
+    def integer_macs(self) -> int | None:
+        """Multiplications of integers in one forward pass; None if a size is not known."""
+        found = [row.integer_macs for row in self.low_bit]
+        return None if None in found else sum(number for number in found if number is not None)
 
     def to_json(self) -> str:
         """Returns all rows and totals as a JSON object."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["rows"] = [row.to_dict() for row in self.rows]
-        return json.dumps(fields, indent=2)
+        fields["low_bit"] = [row.to_dict() for row in self.low_bit]
+        return json.dumps({**fields, "integer_macs": self.integer_macs}, indent=2)
 
-    def __rich__(self) -> Table:
-        return _table(self)
+    def __rich__(self) -> Table | Group:
+        table = _table(self)
+        return Group(table, _low_bit_table(self)) if self.low_bit else table
 
     def __str__(self) -> str:
         return as_text(self)
@@ -142,7 +202,8 @@ def inspect_model(
 
     Finds depthwise, separable and grouped convolutions, stock or ours, at every
     depth: in nested models, wrappers and composite layers. Lists one- and
-    three-dimensional ones as not handled.
+    three-dimensional ones as not handled. Low-bit layers, dense ones too, are
+    listed apart.
 
     It calls the model on symbolic inputs, and restores afterwards what the
     model's `call` changed: attributes of model and layers, losses, and Keras's
@@ -181,6 +242,17 @@ def inspect_as_built(model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES) 
         return _inspect(model, walk_layers(model), not_called, rules)
 
 
+def not_in_files(placed: Sequence[PlacedLayer]) -> list[str]:
+    """Paths of the layers whose class a `.keras` file cannot hold, as `survives_saving`."""
+    holds = _ConfigReader()
+    return [place.path for place in placed if not _survives_saving(place, holds)]
+
+
+def _survives_saving(place: PlacedLayer, holds: _ConfigReader) -> bool:
+    held = zip(place.containers, (*place.containers[1:], place.layer), strict=True)
+    return all(holds(container, child) for container, child in held)
+
+
 def _inspect(
     model: keras.Model, placed: Sequence[PlacedLayer], traced: _Trace, rules: Sequence[Rule]
 ) -> Inspection:
@@ -197,7 +269,6 @@ def _inspect(
         if traced.batch_size is None:
             specs = tuple(spec.replace(batch=None) for spec in specs)
         share = flops / traced.total_flops if flops and traced.total_flops else None
-        held = zip(place.containers, (*place.containers[1:], layer), strict=True)
         rows.append(
             ConvolutionRow(
                 path=place.path,
@@ -210,12 +281,61 @@ def _inspect(
                 parameters=layer.count_params() if layer.built else 0,
                 lowering=getattr(layer, "lowering", STOCK),
                 reasons=tuple(_reasons(layer, rules, unsupported)),
-                survives_saving=all(holds(container, child) for container, child in held),
+                survives_saving=_survives_saving(place, holds),
                 layer=layer,
             )
         )
+    low_bit = tuple(
+        _low_bit_row(place, traced) for place in placed if operands_of(place.layer) != Operands()
+    )
+    bits = {
+        id(kernel): operands_of(place.layer).kernel_bits
+        for place in placed
+        for kernel in kernels_of(place.layer)
+    }
     return Inspection(
-        model.name, traced.batch_size, tuple(rows), traced.total_flops, traced.unknown
+        model.name,
+        traced.batch_size,
+        tuple(rows),
+        traced.total_flops,
+        traced.unknown,
+        low_bit,
+        sum(map(_bytes, model.weights)),
+        sum(_packed_bytes(weight, bits.get(id(weight), FLOAT_BITS)) for weight in model.weights),
+    )
+
+
+def _bytes(weight: keras.Variable) -> int:
+    # Not every dtype is one of NumPy's: bfloat16 has half of 32 bits.
+    size = 2 if weight.dtype == "bfloat16" else np.dtype(weight.dtype).itemsize
+    return size * math.prod(weight.shape)
+
+
+def _packed_bytes(weight: keras.Variable, bits: int) -> int:
+    if bits == FLOAT_BITS:
+        return _bytes(weight)
+    return math.ceil(bits * math.prod(weight.shape) / 8) + 4
+
+
+def _low_bit_row(place: PlacedLayer, traced: _Trace) -> LowBitRow:
+    layer, operands = place.layer, operands_of(place.layer)
+    shapes = traced.shapes.get(id(layer), [])
+    both = operands.kernel_bits != FLOAT_BITS and operands.input_bits != FLOAT_BITS
+    macs = _total([flops.layer_flops(layer, shape) // 2 for shape in shapes])
+    integer = macs if both else 0
+    if both and isinstance(layer, keras.layers.SeparableConv2D):
+        found = [layer_spec(layer, shape).flops() for shape in shapes]
+        integer = None if None in found else _total([n // 2 for n in found if n is not None])
+    return LowBitRow(
+        path=place.path,
+        other_paths=place.other_paths,
+        class_name=type(layer).__name__,
+        operands=operands,
+        kernel_bits=operands.kernel_bits,
+        input_bits=operands.input_bits,
+        weights=sum(math.prod(kernel.shape) for kernel in kernels_of(layer)),
+        macs=macs,
+        integer_macs=integer,
     )
 
 
@@ -257,19 +377,20 @@ def _trace(
 
 
 def _is_listed(layer: keras.layers.Layer, rules: Sequence[Rule]) -> bool:
-    if isinstance(layer, (LoweredLayer, *_DEPTHWISE)):
+    if isinstance(layer, _DEPTHWISE) or getattr(layer, "lowering", STOCK) != STOCK:
         return True
     if isinstance(layer, _GROUPED) and layer.groups > 1:
         return True
-    rule = find_rule(layer, rules)
-    return rule is not None and (type(layer) is rule.replacement or not rule.why_not(layer))
+    family = find_family(type(layer), rules)
+    if family is None or not family.holds(LOWERING):
+        return False
+    return family.held_by(type(layer)) == {LOWERING} or not family.why_not(layer, LOWERING)
 
 
 def _reasons(layer: keras.layers.Layer, rules: Sequence[Rule], unsupported: str) -> Iterator[str]:
-    rule = find_rule(layer, rules)
-    if rule is not None:
-        if type(layer) is rule.source:
-            yield from rule.why_not(layer)
+    family = find_family(type(layer), rules)
+    if family is not None and family.holds(LOWERING):
+        yield from family.why_not(layer, LOWERING)
     elif isinstance(layer, _HANDLED):
         base = next(c for c in type(layer).__mro__[1:] if c.__module__.startswith("keras."))
         yield (
@@ -390,3 +511,35 @@ def _remarks(inspection: Inspection, images: int) -> Iterator[str]:
             f"Recreated as stock layers when a saved model is loaded: {len(rebuilt)} ({shown}). "
             "Save the restored model, and rewrite it after loading."
         )
+
+
+def _low_bit_table(inspection: Inspection) -> Table:
+    packed, stored = inspection.low_bit_bytes, inspection.float_bytes
+    integer, total = inspection.integer_macs, inspection.total_flops
+    macs = "not known"
+    if integer is not None and total:
+        macs = f"{integer / 1e6:.2f} of {total / 2e6:.2f} M ({2 * integer / total:.1%})"
+    table = Table(
+        title=f"{inspection.model_name}: {len(inspection.low_bit)} low-bit layers",
+        title_justify="left",
+        caption_justify="left",
+        caption=f"Multiplications of integers: {macs}. Weights: {packed / 1e3:.1f} kB packed, "
+        f"{stored / 1e3:.1f} kB in training ({packed / max(1, stored):.1%}).",
+    )
+    table.add_column("layer", overflow="fold")
+    table.add_column("class", overflow="fold")
+    for name in ("kernel", "inputs", "gradients"):
+        table.add_column(name)
+    for name in ("weights", "M MAC", "integer"):
+        table.add_column(name, justify="right")
+    for row in inspection.low_bit:
+        parts = (row.operands.kernel, row.operands.inputs, row.operands.gradients)
+        table.add_row(
+            row.path + (f" (+{len(row.other_paths)} paths)" if row.other_paths else ""),
+            row.class_name,
+            *map(describe, parts),
+            f"{row.weights:,}",
+            "?" if row.macs is None else f"{row.macs / 1e6:.2f}",
+            "?" if row.integer_macs is None else f"{row.integer_macs / 1e6:.2f}",
+        )
+    return table

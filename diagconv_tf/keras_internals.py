@@ -108,7 +108,7 @@ _FLATTEN_LAYERS = PrivateName(
 _SEQUENTIAL_GRAPH = PrivateName(
     "keras.Sequential()",
     "_functional",
-    "tell whether a sequential model has declared its inputs",
+    "find the graph of a sequential model",
     "Functional models work; for others pass a sample batch",
 )
 _INBOUND_NODES = PrivateName("keras.Layer()", "_inbound_nodes", _COPYING, _IN_PLACE)
@@ -296,11 +296,29 @@ _JAX_COORDINATION_CLIENT = PrivateName(
     _JAX,
 )
 
-# Averages of weights and statistics.
-_TRACKER = PrivateName("keras.Layer()", "_tracker", _AVERAGING, _NO_AVERAGING)
+# State that layers get after they are built, and whether it is used.
+_CALL_CONTEXT = PrivateName(
+    "keras.Layer",
+    "_get_call_context",
+    "tell whether a layer is called for inference, which needs no noise",
+    "Training without quantized gradients works",
+)
+#: Where `_get_call_context` keeps the context of the calls of this thread. It is not there
+#: outside of all calls, and where `layer.call` is called itself.
+_CALL_CONTEXT_KEY = "current_call_ctx"
+_TRACKER = PrivateName(
+    "keras.Layer()",
+    "_tracker",
+    "give a built layer averages of its statistics, or a source of noise",
+    "Training without --ema_momentum and without quantized gradients works",
+)
 _UNTRACK_VARIABLE = PrivateName("keras.Layer", "_untrack_variable", _AVERAGING, _NO_AVERAGING)
 _TRACK_TORCH_VARIABLES = PrivateName(
-    "keras.Layer", "_track_variables", _AVERAGING, _NO_AVERAGING, _TORCH
+    "keras.Layer",
+    "_track_variables",
+    "tell PyTorch of averages of statistics, or of a source of noise, in a built layer",
+    "Training without --ema_momentum and without quantized gradients works",
+    _TORCH,
 )
 _AVERAGED_VARIABLES = PrivateName(
     "keras.optimizers.Optimizer()",
@@ -408,6 +426,13 @@ def declares_inputs(model: keras.Sequential) -> bool:
     return _SEQUENTIAL_GRAPH.of(model) is not None
 
 
+def graph(layer: keras.Operation) -> keras.Function | None:
+    """The graph of a functional or sequential model; None where there is none."""
+    if isinstance(layer, keras.Sequential):
+        return _SEQUENTIAL_GRAPH.of(layer)
+    return layer if isinstance(layer, keras.Function) else None
+
+
 def inbound_nodes(operation: keras.Operation) -> list[Any]:
     """The nodes, of all graphs, that are calls of `operation`."""
     return _INBOUND_NODES.of(operation)
@@ -461,6 +486,13 @@ def compile_loss_class() -> type:
 def global_state() -> dict[str, Any]:
     """What Keras keeps for this thread: counters of names, the global seed generator, scopes."""
     return vars(_GLOBAL_STATE.of_module())
+
+
+def is_inference() -> bool:
+    """Whether the present call of a layer, or one around it, was given `training=False`."""
+    _CALL_CONTEXT.of(keras.Layer)
+    context = global_state().get(_CALL_CONTEXT_KEY)
+    return context is not None and context.training is False
 
 
 def with_other_function(compiled: Any, function: Callable) -> Any:

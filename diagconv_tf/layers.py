@@ -10,7 +10,7 @@ two classes has; whichever class it meets, it computes the same function.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -28,7 +28,7 @@ from diagconv_tf.lowerings import (
     parse,
     why_not,
 )
-from diagconv_tf.spec import ConvSpec
+from diagconv_tf.spec import STOCK, ConvSpec
 
 _NATIVE = parse("native")
 _DEFAULT = parse(DEFAULT_LOWERING)
@@ -148,24 +148,35 @@ _Mixin: Any = object
 
 
 class LoweredLayer(_Mixin):
-    """The `lowering` of a layer: argument, attribute, config and check."""
+    """The `lowering` of a layer: argument, attribute, config and check.
+
+    Where the class's own `_lowering` is None, `"stock"` is one more lowering and the
+    default: Keras's own op.
+    """
+
+    #: The settings that layers of this class can hold, by name.
+    settings: ClassVar[frozenset[str]] = frozenset({"lowering"})
 
     # A class attribute, so that a stock layer has one when its class is changed.
-    _lowering: LoweringChoice = _DEFAULT
+    _lowering: LoweringChoice | None = _DEFAULT
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         stock = cls.__mro__[2]
         if cls.__doc__ and stock.__module__.startswith("keras."):
             cls.__doc__ += _ARGUMENT_DOC.format(stock=stock.__name__)
-            cls.__signature__ = _signature_with_lowering(stock)
+            cls.__signature__ = signature_with(stock, lowering=(DEFAULT_LOWERING, LoweringLike))
 
     def __init__(
         self, *args: Any, lowering: LoweringLike = DEFAULT_LOWERING, **kwargs: Any
     ) -> None:
-        choice = parse(lowering)
+        choice = self._parse(lowering)
         super().__init__(*args, **kwargs)
         self._lowering = choice
+
+    @classmethod
+    def _parse(cls, lowering: LoweringLike) -> LoweringChoice | None:
+        return None if lowering == STOCK and cls._lowering is None else parse(lowering)
 
     @property
     def lowering(self) -> str | dict[str, str]:
@@ -178,12 +189,12 @@ class LoweredLayer(_Mixin):
             ValueError: on setting, if the value is not known or cannot compute
                 the layer. The layer then keeps the value that it has.
         """
-        return self._lowering.to_config()
+        return STOCK if self._lowering is None else self._lowering.to_config()
 
     @lowering.setter
     def lowering(self, value: LoweringLike) -> None:
-        choice, before = parse(value), self._lowering
-        if self.built:
+        choice, before, name_before = self._parse(value), self._lowering, self.lowering
+        if self.built and choice is not None:
             _check_lowering(self, _built_spec(self), choice)
         self._lowering = choice
         if self.built and choice != before:
@@ -192,8 +203,8 @@ class LoweredLayer(_Mixin):
                 "Functions of its model that are compiled already do not: call "
                 "`model.compile` again, or use `rewrite(model, ..., in_place=True)`",
                 self.name,
-                choice.to_config(),
-                before.to_config(),
+                self.lowering,
+                name_before,
             )
 
     def spec(self, input_shape: tuple) -> ConvSpec:
@@ -218,7 +229,8 @@ class LoweredLayer(_Mixin):
             return
         # Keras's own checks come first; a refusal must leave no variables.
         self.compute_output_shape(input_shape)
-        _check_lowering(self, layer_spec(self, input_shape), self._lowering)
+        if self._lowering is not None:
+            _check_lowering(self, layer_spec(self, input_shape), self._lowering)
         super().build(input_shape)
 
     def get_config(self) -> dict[str, Any]:
@@ -245,9 +257,32 @@ def _check_lowering(layer: keras.layers.Layer, spec: ConvSpec, choice: LoweringC
 
 
 def _convolve(layer: keras.layers.Layer, inputs: Any, kernel: Any, stock_op: str) -> Any:
-    """What `keras.ops.<stock_op>` computes for a layer, computed as its lowering says."""
     choice = vars(layer).get("_lowering", _DEFAULT)
-    channels = kernel_channels_axis(layer, kernel)
+    return convolve_as(choice, layer, inputs, kernel, stock_op, kernel_channels_axis(layer, kernel))
+
+
+def convolve_as(
+    choice: LoweringChoice,
+    layer: keras.layers.Layer,
+    inputs: Any,
+    kernel: Any,
+    stock_op: str,
+    channels: MeshAxis | None,
+) -> Any:
+    """What `keras.ops.<stock_op>` computes for a layer, computed with a lowering.
+
+    Args:
+        choice: the lowering.
+        layer: as for `layer_spec`.
+        inputs: tensor.
+        kernel: the kernel to compute with.
+        stock_op: `"conv"` or `"depthwise_conv"`.
+        channels: the mesh axis along which the kernel's channels are sharded, or None.
+
+    Raises:
+        TypeError: if stock Keras refuses the inputs' dtype.
+        ValueError: if the lowering cannot compute the layer.
+    """
     inputs, kernel = _operands(layer, inputs, kernel, stock_op)
     spec = layer_spec(layer, tuple(inputs.shape), _dtype_name(kernel))
     _check_lowering(layer, spec, choice)
@@ -277,25 +312,53 @@ def _dtype_name(tensor: Any) -> str:
 
 
 def _add_bias_and_activate(layer: keras.layers.Layer, outputs: Any) -> Any:
-    if layer.use_bias:
-        shape = [1, 1, 1, 1]
-        shape[-1 if layer.data_format == "channels_last" else 1] = -1
-        outputs = ops.add(outputs, ops.reshape(layer.bias, shape))
+    outputs = add_bias(layer, outputs)
     return outputs if layer.activation is None else layer.activation(outputs)
 
 
-def _signature_with_lowering(stock: Any) -> inspect.Signature:
-    """The signature of `stock` with `lowering` among its arguments."""
+def add_bias(layer: keras.layers.Layer, outputs: Any) -> Any:
+    """`outputs` of a convolution or dense layer and its bias, if it has one."""
+    if not layer.use_bias:
+        return outputs
+    shape = [1] * len(outputs.shape)
+    first = getattr(layer, "data_format", None) == "channels_first"
+    shape[1 if first else -1] = -1
+    return ops.add(outputs, ops.reshape(layer.bias, shape))
+
+
+def signature_with(stock: Any, **added: tuple[Any, Any]) -> inspect.Signature:
+    """The signature of a stock layer with more arguments.
+
+    Args:
+        stock: the class.
+        **added: default and type of each further argument, by name.
+    """
     signature = inspect.signature(stock.__init__)
     parameters = [p for name, p in signature.parameters.items() if name != "self"]
-    lowering = inspect.Parameter(
-        "lowering",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=DEFAULT_LOWERING,
-        annotation=LoweringLike,
-    )
     position = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    return signature.replace(parameters=[*parameters[:position], lowering, *parameters[position:]])
+    parameters[position:position] = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+        )
+        for name, (default, annotation) in added.items()
+    ]
+    return signature.replace(parameters=parameters)
+
+
+def convolve_pointwise(
+    layer: keras.layers.SeparableConv2D, inputs: Any, outputs: Any, kernel: Any
+) -> Any:
+    """The second half of a separable layer whose first half has a lowering.
+
+    Args:
+        layer: the layer.
+        inputs: the layer's.
+        outputs: those of its depthwise half.
+        kernel: the pointwise kernel to compute with.
+    """
+    outputs, kernel = _operands(layer, outputs, kernel, "conv")
+    spec = layer_spec(layer, tuple(inputs.shape), _dtype_name(kernel))
+    return convolve(spec.pointwise(layer.filters), _NATIVE, outputs, kernel)
 
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
@@ -315,11 +378,8 @@ class DiagonalwiseSeparableConv2D(LoweredLayer, keras.layers.SeparableConv2D):
 
     def call(self, inputs: Any) -> Any:
         outputs = _convolve(self, inputs, self.depthwise_kernel, "depthwise_conv")
-        outputs, kernel = _operands(self, outputs, self.pointwise_kernel, "conv")
-        spec = layer_spec(self, tuple(inputs.shape), _dtype_name(kernel))
-        return _add_bias_and_activate(
-            self, convolve(spec.pointwise(self.filters), _NATIVE, outputs, kernel)
-        )
+        outputs = convolve_pointwise(self, inputs, outputs, self.pointwise_kernel)
+        return _add_bias_and_activate(self, outputs)
 
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,3 +76,10 @@ def _walk(
         yield layer, path, containers
         if layer not in containers:
             yield from _walk(layer, path + "/", (*containers, layer))
+
+
+def path_matches(path: str, pattern: str) -> bool:
+    """Whether a path or glob (`*` matches `/` too) names a layer, or a container of it."""
+    parts = path.split("/")
+    heads = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return any(head == pattern or fnmatch.fnmatchcase(head, pattern) for head in heads)

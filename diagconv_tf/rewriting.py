@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
-import fnmatch
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,14 +16,23 @@ from diagconv_tf import class_swap, keras_internals
 from diagconv_tf.auto import AUTO, Choice, choose, parse_or_auto
 from diagconv_tf.class_swap import LayerState
 from diagconv_tf.copying import copy_model
-from diagconv_tf.distribution import batch_axis, replicas_of
+from diagconv_tf.distribution import batch_axis, replicas_of, strategy_of
 from diagconv_tf.environment import Conditions
-from diagconv_tf.inspection import ConvolutionRow, Inspection, inspect_as_built, inspect_model
-from diagconv_tf.layers import kernel_channels_axis
+from diagconv_tf.inspection import (
+    ConvolutionRow,
+    Inspection,
+    inspect_as_built,
+    inspect_model,
+    not_in_files,
+)
+from diagconv_tf.layers import LoweredLayer, kernel_channels_axis
+from diagconv_tf.lowbit.layers import OperandLayer
+from diagconv_tf.lowbit.operands import Operands
+from diagconv_tf.lowbit.treatment import Candidate, Treated, Treatment
 from diagconv_tf.lowerings import LoweringChoice, LoweringLike, parse, why_not, why_not_sharded
-from diagconv_tf.model_tree import check_built, walk_layers
+from diagconv_tf.model_tree import PlacedLayer, check_built, path_matches, walk_layers
 from diagconv_tf.plan import Plan
-from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
+from diagconv_tf.rules import DEFAULT_RULES, OPERANDS, Rule, find_family
 from diagconv_tf.spec import STOCK
 
 #: Layer paths or globs, or a function of a row of the inspection.
@@ -65,14 +74,15 @@ class Decision:
 
 def rewrite(
     model: keras.Model,
-    lowering: LoweringLike | Plan = AUTO,
+    lowering: LoweringLike | Plan | Treatment = AUTO,
     *,
     rules: Sequence[Rule] = DEFAULT_RULES,
     include: Selection | None = None,
     exclude: Selection | None = None,
     in_place: bool = False,
 ) -> keras.Model:
-    """Makes a model's convolutions with groups compute with another lowering.
+    """Makes a model's convolutions with groups compute with another lowering, or its layers
+    low-bit.
 
     Weights, names, variable paths, compile and optimizer state stay; what the
     model computes does too, up to rounding. Layers that cannot be rewritten
@@ -82,14 +92,21 @@ def rewrite(
     made for: compile the model first. When the training of the returned model
     starts under other conditions, one warning says which.
 
+    A treatment such as `LowBit(weights=1, activations=2, gradients=6)` changes what the
+    model computes, in training and after it; a warning says how. Weights stay the float
+    ones that the optimizer updates. Layers keep their lowerings, and with a lowering they
+    keep their operands. Quantized gradients give layers new state: treat a model between
+    two calls of `fit`, not inside one.
+
     Args:
         model: a built Keras model.
-        lowering: as a layer's `lowering`; a `Plan`; or `"auto"`: for each layer
-            what `choose` knows to be fastest, and stock where it knows nothing.
+        lowering: as a layer's `lowering`; a `Plan`; a treatment; or `"auto"`: for
+            each layer what `choose` knows to be fastest, and stock where it knows
+            nothing.
         rules: which layer classes become which.
         include: layer paths, globs (`*` matches `/` too) or a function of a
             `ConvolutionRow`; None means all. A path that names a container
-            means all that is in it.
+            means all that is in it. A treatment has its own.
         exclude: the same, for layers to leave as they are.
         in_place: True changes `model` itself, without a second set of weights,
             whatever its kind; when it fails, or is interrupted, `model` is as it
@@ -101,9 +118,17 @@ def rewrite(
     Raises:
         ValueError: if `model` is not a built Keras model; if `lowering` is not
             known; if a path or glob matches no convolution, or a plan none;
-            or if no faithful copy of the model can be made.
+            if a treatment fits no layer, or needs a graph that the model has
+            not; or if no faithful copy of the model can be made.
     """
     check_built(model)
+    if isinstance(lowering, Treatment):
+        if include is not None or exclude is not None:
+            raise ValueError(
+                "Expected `include` and `exclude` in the treatment: LowBit(..., include=...). "
+                "Received: them as arguments of `rewrite`"
+            )
+        return _treat(model, lowering, rules, in_place)
     choice = lowering if isinstance(lowering, Plan) else parse_or_auto(lowering)
     with class_swap.lock:
         # Only what chooses by the sizes of images needs to know them.
@@ -139,6 +164,9 @@ def restore(
 ) -> keras.Model:
     """Gives a rewritten model its stock layers back: the inverse of `rewrite`.
 
+    Low-bit layers become stock with the float weights that the optimizer updated, to the
+    bit; `deploy` gives stock layers with the quantized ones.
+
     Args:
         model: a built Keras model.
         rules: those that `rewrite` was given.
@@ -150,23 +178,123 @@ def restore(
 
     Raises:
         ValueError: if `model` is not a built Keras model; if it holds a layer
-            with a lowering that no rule names; or if no faithful copy of the
+            of ours whose class no rule names; or if no faithful copy of the
             model can be made.
     """
     check_built(model)
     with class_swap.lock:
-        decisions = []
-        for row in inspect_as_built(model, rules).rows:
-            if find_rule(row.layer, rules) is not None:
-                decisions.append(Decision(row, STOCK))
-            elif row.lowering != STOCK:
+        for place in walk_layers(model):
+            known = find_family(type(place.layer), rules) is not None
+            if not known and isinstance(place.layer, LoweredLayer | OperandLayer):
                 raise ValueError(
-                    f"Expected a rule for the class {row.class_name} of layer '{row.path}'. "
-                    "Received: none; pass `rules=` as for `rewrite`"
+                    f"Expected a rule for the class {type(place.layer).__name__} of layer "
+                    f"'{place.path}'. Received: none; pass `rules=` as for `rewrite`"
                 )
-        target = _apply(model, decisions, rules, in_place)
+        target = model if in_place else copy_model(model)
+        states = [
+            LayerState.of(place.layer).with_lowering(family, STOCK).with_operands(family, None)
+            for place in walk_layers(target)
+            if (family := find_family(type(place.layer), rules)) is not None
+        ]
+        class_swap.swap(target, states)
         _watch(target, None)
         return target
+
+
+def preview(
+    model: keras.Model, treatment: Treatment, *, rules: Sequence[Rule] = DEFAULT_RULES
+) -> Treated:
+    """What `rewrite(model, treatment)` would do with each layer, as a table; changes nothing.
+
+    Args:
+        model: a built Keras model.
+        treatment: such as `LowBit(1, 2, 6)`.
+        rules: which layer classes become which.
+
+    Raises:
+        ValueError: if `model` is not a built Keras model, or the treatment does not fit
+            it.
+    """
+    check_built(model)
+    with class_swap.lock:
+        return treatment.decide(model, _candidates(walk_layers(model), rules))
+
+
+def _candidates(places: Iterable[PlacedLayer], rules: Sequence[Rule]) -> list[Candidate]:
+    """The layers of which a rule says that they can hold operands."""
+    candidates = []
+    for place in places:
+        family = find_family(type(place.layer), rules)
+        if family is None or not family.holds(OPERANDS):
+            continue
+        reasons = family.why_not(place.layer, OPERANDS)
+        if not place.layer.built:
+            reasons = [*reasons, "not built: the model never calls it"]
+        if "call" in vars(place.layer):
+            reasons = [*reasons, "its `call` was replaced on the object"]
+        candidates.append(Candidate(place, tuple(reasons)))
+    return candidates
+
+
+def _treat(
+    model: keras.Model, treatment: Treatment, rules: Sequence[Rule], in_place: bool
+) -> keras.Model:
+    with class_swap.lock:
+        places = walk_layers(model)
+        treated = treatment.decide(model, _candidates(places, rules))
+        wanted = {layer.path: layer.operands for layer in treated.layers if layer.operands}
+        if not wanted:
+            raise ValueError(
+                f"Expected a treatment for the model '{model.name}'. Received: {treatment}, which "
+                f"fits none of its {len(treated.layers)} dense layers and convolutions"
+            )
+        lost = not_in_files([place for place in places if place.path in wanted])
+        target = model if in_place else copy_model(model)
+        strategy = strategy_of(target)
+        # The variables of new sources of noise belong to the strategy of the model.
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            states = [
+                _treated_state(place.layer, wanted[place.path], rules)
+                for place in walk_layers(target)
+                if place.path in wanted
+            ]
+        class_swap.swap(target, states)
+    logging.warning("%s", _treatment_summary(treated, lost))
+    return target
+
+
+def _treated_state(
+    layer: keras.layers.Layer, operands: Operands, rules: Sequence[Rule]
+) -> LayerState:
+    family = find_family(type(layer), rules)
+    assert family is not None  # Else it were no candidate.
+    return LayerState.of(layer).with_operands(family, operands)
+
+
+def _treatment_summary(treated: Treated, lost: Sequence[str]) -> str:
+    """What is logged of a treatment: one line."""
+    layers = [layer for layer in treated.layers if layer.operands is not None]
+    sentences = [
+        f"{treated.model_name}: {treated.treatment} for {len(layers)} of {len(treated.layers)} "
+        "dense layers and convolutions. This changes what the model computes."
+    ]
+    groups: dict[str, list[str]] = {}
+    for layer in treated.layers:
+        # Those of layers that are treated name the layer before: `preview` lists them.
+        reason = "; ".join(layer.reasons)
+        if layer.operands is None:
+            groups.setdefault(f"Left as they are ({reason})", []).append(layer.path)
+        elif getattr(layer.operands.inputs, "signed", False):
+            groups.setdefault("Take signed inputs", []).append(layer.path)
+        for change in layer.changes:
+            groups.setdefault(f"{change[0].upper()}{change[1:]}", []).append(layer.path)
+    sentences += [f"{what}: {', '.join(paths)}." for what, paths in groups.items()]
+    if lost:
+        sentences.append(
+            "Saved files cannot hold the new class of layers that a composite layer or a model "
+            f"makes itself ({', '.join(lost)}): save `restore(model)`, and rewrite the loaded one."
+        )
+    return " ".join(sentences)
 
 
 def _decide(
@@ -207,9 +335,10 @@ def _apply(
     layers = {place.path: place.layer for place in walk_layers(target)}
     pairs = [(layers[d.row.path], d.lowering) for d in decisions if d.lowering is not None]
     states = [
-        LayerState.by_rule(layer, rule, lowering)
+        LayerState.of(layer).with_lowering(family, lowering)
         for layer, lowering in pairs
-        if (rule := find_rule(layer, rules)) is not None  # Always: else the row has a reason.
+        # Always one: else the row has a reason.
+        if (family := find_family(type(layer), rules)) is not None
     ]
     class_swap.swap(target, states)
     return target
@@ -281,7 +410,7 @@ def _matching(inspection: Inspection, argument: str, selection: Selection) -> se
                 f"function. Received: {pattern!r}"
             )
         found = {
-            row.path for row in inspection.rows if any(_matches(p, pattern) for p in row.paths)
+            row.path for row in inspection.rows if any(path_matches(p, pattern) for p in row.paths)
         }
         if not found:
             known = [path for row in inspection.rows for path in row.paths]
@@ -293,12 +422,6 @@ def _matching(inspection: Inspection, argument: str, selection: Selection) -> se
             )
         matched |= found
     return matched
-
-
-def _matches(path: str, pattern: str) -> bool:
-    parts = path.split("/")
-    heads = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
-    return any(head == pattern or fnmatch.fnmatchcase(head, pattern) for head in heads)
 
 
 def _check_plan(plan: Plan, model: keras.Model, decisions: Sequence[Decision]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from diagconv_tf.exporting.native import counted_depthwise_calls, native_convolu
 from diagconv_tf.inspection import inspect_as_built, inspect_model
 from diagconv_tf.layers import LoweredLayer
 from diagconv_tf.model_tree import walk_layers
-from diagconv_tf.rules import find_rule
+from diagconv_tf.rules import find_family
 from tests import model_zoo
 
 # What is tested here knows no backend.
@@ -397,7 +397,7 @@ def test_a_call_is_right_whenever_its_class_changes(make, change):
     inputs = keras.Input((8, 8, 4))
     model = rewrite(keras.Model(inputs, make()(inputs)), "native", in_place=True)
     layer = model.layers[1]
-    ours, rule = LayerState.of(layer), find_rule(layer, DEFAULT_RULES)
+    ours, family = LayerState.of(layer), find_family(type(layer))
     x = keras.ops.convert_to_tensor(model_zoo.random_inputs(model))
     wanted, lines = called_with(layer, x, None, None)
     for line in range(1, lines + 1):
@@ -405,7 +405,7 @@ def test_a_call_is_right_whenever_its_class_changes(make, change):
             if change == "native for a while":
                 swap = functools.partial(stack.enter_context, native_convolutions(model))
             else:
-                swap = LayerState.by_rule(layer, rule, "stock").set
+                swap = ours.with_lowering(family, "stock").set
             found, _ = called_with(layer, x, swap, line)
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
         ours.set()

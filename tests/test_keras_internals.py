@@ -281,6 +281,7 @@ ROWS: dict[str, Row] = {
     "jax._src.distributed.State().client": Row(
         jax_state, lambda *_: backends.current().process_store()
     ),
+    "keras.Layer._get_call_context": Row(depthwise, lambda *_: keras_internals.is_inference()),
     "keras.Layer()._tracker": Row(
         lambda model: model.layers[2], lambda m, _: averaging.average_statistics(m, 0.9)
     ),

@@ -15,7 +15,8 @@ from diagconv_tf.class_swap import LayerState, instance_attribute, swapped
 from diagconv_tf.layers import LoweredLayer
 from diagconv_tf.lowerings import parse
 from diagconv_tf.model_tree import walk_layers
-from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
+from diagconv_tf.rules import DEFAULT_RULES, LOWERING, Rule, find_family
+from diagconv_tf.spec import STOCK
 
 _NATIVE = parse("native")
 
@@ -46,20 +47,20 @@ def native_convolutions(
 
 
 def _native_state(state: LayerState, rules: Sequence[Rule]) -> LayerState:
-    rule = find_rule(state.layer, rules)
+    family = find_family(state.layer_class, rules)
+    if family is None:
+        is_ours = isinstance(state.layer, LoweredLayer)
+        return dataclasses.replace(state, lowering=_NATIVE) if is_ours else state
     if (
-        rule is not None
-        and keras.backend.backend() == "tensorflow"
+        keras.backend.backend() == "tensorflow"
         and _is_depthwise_conv2d(state.layer)
-        and issubclass(rule.replacement, LoweredLayer)
+        and issubclass(family.class_for({LOWERING}, state.layer_class), LoweredLayer)
     ):
-        return LayerState.by_rule(state.layer, rule, _NATIVE)
-    if rule is not None and state.layer_class is rule.replacement:
-        # The lowering stays, for calls that have begun in other threads.
-        return dataclasses.replace(state, layer_class=rule.source)
-    if isinstance(state.layer, LoweredLayer):
-        return dataclasses.replace(state, lowering=_NATIVE)
-    return state
+        return state.with_lowering(family, _NATIVE)
+    stock = state.with_lowering(family, STOCK)
+    # The lowering stays, for calls that have begun in other threads. Low-bit layers read it
+    # once, and would follow it.
+    return stock if stock.operands else dataclasses.replace(stock, lowering=state.lowering)
 
 
 @contextlib.contextmanager
@@ -100,7 +101,7 @@ def _counted(call: Callable, path: str, calls: list[str]) -> Callable:
 
 def _runs_depthwise(layer: keras.layers.Layer, rules: Sequence[Rule]) -> bool:
     """Whether each call of a layer is known to run one depthwise convolution."""
-    if find_rule(layer, rules) is None and not _has_our_call(type(layer)):
+    if find_family(type(layer), rules) is None and not _has_our_call(type(layer)):
         return False
     depthwise = (keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D)
     return isinstance(layer, depthwise) or _is_depthwise_conv2d(layer)

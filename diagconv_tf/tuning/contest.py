@@ -28,7 +28,7 @@ from diagconv_tf.copying import copy_model
 from diagconv_tf.environment import Conditions
 from diagconv_tf.measurements import Measured
 from diagconv_tf.model_tree import walk_layers
-from diagconv_tf.rules import DEFAULT_RULES, Rule, find_rule
+from diagconv_tf.rules import DEFAULT_RULES, Rule, find_family
 from diagconv_tf.spec import STOCK
 from diagconv_tf.timing import Timings, synchronize, time_interleaved
 from diagconv_tf.tuning.candidates import Variant
@@ -212,9 +212,9 @@ class Contest:
         )
         self._clock = clock
         self._layers = {
-            place.path: (place.layer, rule)
+            place.path: (place.layer, family)
             for place in walk_layers(self.model)
-            if (rule := find_rule(place.layer, rules)) is not None
+            if (family := find_family(type(place.layer), rules)) is not None
         }
         #: Variant → what its layers are, and its training function.
         self._variants: dict[str, tuple[list[LayerState], Any]] = {}
@@ -223,8 +223,8 @@ class Contest:
     def add(self, name: str, variant: Variant) -> Measured:
         """Compiles a variant, and returns the time of its first step, or its error."""
         states = [
-            become(layer, rule, variant.get(path, STOCK))
-            for path, (layer, rule) in self._layers.items()
+            become(layer, family, variant.get(path, STOCK))
+            for path, (layer, family) in self._layers.items()
         ]
         recompile(self.model, "train")
         self._variants[name] = states, self.model.train_function

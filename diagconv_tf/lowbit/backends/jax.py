@@ -1,0 +1,44 @@
+"""JAX: `jax.custom_vjp`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+
+def through(operand: Any, tensor: Any, seed: Any) -> Any:
+    return _identity(tensor, seed, operand)
+
+
+# The operand is a value and an argument, so that JAX meets the same function every time.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _identity(tensor: Any, seed: Any, operand: Any) -> Any:
+    return tensor
+
+
+def _forward(tensor: Any, seed: Any, operand: Any) -> tuple:
+    return tensor, seed
+
+
+def _backward(operand: Any, seed: Any, gradient: Any) -> tuple:
+    return operand(gradient, seed), None
+
+
+_identity.defvjp(_forward, _backward)
+
+
+def of_this_replica(seed: Any) -> Any:
+    return seed
+
+
+def outside_graphs() -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
+
+
+def update(variables: Sequence[Any], function: Callable[[int, Any, Any], Any], seed: Any) -> None:
+    for index, variable in enumerate(variables):
+        variable.assign(function(index, variable.value, seed))

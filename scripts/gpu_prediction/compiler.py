@@ -95,9 +95,8 @@ class Compiler:
         launches = machine_code.read_launches(
             self._read("*.thunk_sequence.txt"), self._read("*.thunk_metadata.txt")
         )
-        routines = machine_code.read_routines(
-            sorted(self._dump.glob("*.ptx")), self.card, self._tools
-        )
+        ptx = (path.read_text() for path in sorted(self._dump.glob("*.ptx")))
+        routines = machine_code.read_routines(ptx, self.card, self._tools)
         kernels = []
         for kernel in hlo.read_kernels(text):
             launch = None if kernel.library else launches.get(kernel.name)

@@ -25,6 +25,7 @@ _LAUNCH = re.compile(
     re.MULTILINE,
 )
 _THUNK = re.compile(r'profile_annotation: "([^"]+)"\s+thunk_id: (\d+)')
+_HEADER = re.compile(r"^\.version .*\n\.target .*\n\.address_size .*\n", re.MULTILINE)
 _ENTRY = re.compile(r"^\.visible \.entry (\w+)\((.*?)^\}", re.MULTILINE | re.DOTALL)
 _LOAD = re.compile(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s")
 _SASS = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*)")
@@ -146,35 +147,61 @@ def read_ptx(text: str) -> dict[str, Routine]:
     }
 
 
-def read_routines(paths: Iterable[pathlib.Path], card: Card, tools: Tools) -> dict[str, Routine]:
-    """Every kernel of PTX files, by its symbol, with all that the tools tell.
+def read_routines(texts: Iterable[str], card: Card, tools: Tools) -> dict[str, Routine]:
+    """Every kernel of PTX modules, by its symbol, with all that the tools tell.
 
     Raises:
-        RuntimeError: if `ptxas` refuses a file.
+        RuntimeError: if `ptxas` refuses a module.
     """
     routines: dict[str, Routine] = {}
     with tempfile.TemporaryDirectory() as folder:
-        binary = pathlib.Path(folder, "kernel.cubin")
-        for path in paths:
-            found = read_ptx(path.read_text())
+        ptx, binary = pathlib.Path(folder, "kernels.ptx"), pathlib.Path(folder, "kernels.cubin")
+        for text in join_ptx(texts):
+            found = read_ptx(text)
             if found and tools.ptxas is not None:
-                report = _assemble(tools.ptxas, path, binary, card)
-                found = with_resources(found, report)
+                ptx.write_text(text)
+                found = with_resources(found, _assemble(tools.ptxas, ptx, binary, card))
                 if tools.nvdisasm is not None:
-                    found = with_sass(found, _run(tools.nvdisasm, "-c", str(binary)).stdout)
+                    # Without its analysis of the flow of data, which takes half of the time.
+                    found = with_sass(found, _run(tools.nvdisasm, "-c", "-ndf", binary).stdout)
             routines |= found
     return routines
 
 
+def join_ptx(texts: Iterable[str]) -> list[str]:
+    """PTX modules, as one where their targets are the same.
+
+    XLA writes a module for each kernel, and the tools take most of their time to start.
+    """
+    bodies: dict[str, list[str]] = {}
+    for text in texts:
+        if match := _HEADER.search(text):
+            bodies.setdefault(match[0], []).append(text[match.end() :])
+    return [header + _once("".join(some)) for header, some in bodies.items()]
+
+
+def _once(body: str) -> str:
+    """Without what several modules declare alike."""
+    declared = set()
+    lines = []
+    for line in body.splitlines(keepends=True):
+        if line.startswith(".extern"):
+            if line in declared:
+                continue
+            declared.add(line)
+        lines.append(line)
+    return "".join(lines)
+
+
 def _assemble(ptxas: str, ptx: pathlib.Path, binary: pathlib.Path, card: Card) -> str:
-    done = _run(ptxas, "-v", f"-arch={card.architecture}", str(ptx), "-o", str(binary))
+    done = _run(ptxas, "-v", f"-arch={card.architecture}", ptx, "-o", binary)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise RuntimeError(f"ptxas refuses XLA's PTX: {reason[0] if reason else 'no reason given'}")
     return done.stderr
 
 
-def _run(*command: str) -> subprocess.CompletedProcess:
+def _run(*command: str | pathlib.Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 

@@ -258,13 +258,28 @@ def predict_steps(predictor: Predictor) -> Iterable[StepRow]:
             yield row
 
 
+def count_layers(shapes: Iterable[bench_shapes.Shape]) -> dict[str, int]:
+    """How many depthwise layers each model has that uses one of the shapes."""
+    models = dict.fromkeys(model for shape in shapes for model in shape.uses)
+    split = {model: model.rpartition("@") for model in models}
+    return {
+        model: len(bench_shapes.depthwise_specs(name, int(size), BATCH_SIZE.value))
+        for model, (name, _, size) in split.items()
+    }
+
+
 class Results:
     """The rows so far, written after each: what is known outlives a crash."""
 
-    def __init__(self, environment: dict[str, Any]):
+    def __init__(self, environment: dict[str, Any], layers: dict[str, int]):
         self._environment = environment
+        self._layers = layers
         self.passes: list[PassRow] = []
         self.steps: list[StepRow] = []
+
+    @property
+    def by_model(self) -> list[report.ModelPass]:
+        return report.by_model(self.passes, self._layers)
 
     def add(self, row: PassRow | StepRow) -> None:
         if isinstance(row, PassRow):
@@ -281,7 +296,7 @@ class Results:
         content = {
             "environment": self._environment,
             "passes": [dataclasses.asdict(row) for row in self.passes],
-            "by_model": [dataclasses.asdict(row) for row in report.by_model(self.passes)],
+            "by_model": [dataclasses.asdict(row) for row in self.by_model],
             "steps": [dataclasses.asdict(row) for row in self.steps],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -363,7 +378,7 @@ def main(_: list[str]) -> None:
     tools = Tools.find()
     if missing := tools.missing():
         print(missing, file=sys.stderr)
-    results = Results(environment(cards, tools))
+    results = Results(environment(cards, tools), count_layers(shapes))
     for name, card in cards.items():
         try:
             compiler = Compiler(card, DUMP, tools)
@@ -376,8 +391,8 @@ def main(_: list[str]) -> None:
             results.add(row)
     if results.passes:
         bench_common.print_table(report.pass_table(results.passes))
-    if sums := report.by_model(results.passes):
-        bench_common.print_table(report.model_table(sums))
+    if results.by_model:
+        bench_common.print_table(report.model_table(results.by_model))
     if results.steps:
         bench_common.print_table(report.step_table(results.steps))
     bench_common.print_errors(

@@ -502,6 +502,34 @@ def test_rows_sum_over_launches():
     assert step.spilling_kernels == 1
 
 
+def test_a_model_is_summed_where_all_its_layers_are_known():
+    from gpu_prediction import report
+    from gpu_prediction.rows import PassRow
+
+    def row(shape, used_by, **values):
+        fields = {"kernels": 2, "moved_bytes": 300, "least_seconds": 1e-6, **values}
+        return PassRow(
+            "h100",
+            shape,
+            used_by,
+            8,
+            "forward",
+            "default",
+            "channels_last",
+            "native",
+            0,
+            100,
+            **fields,
+        )
+
+    rows = [row("a", {"A@32": 3, "B@32": 1}), row("b", {"A@32": 1}, moved_bytes=100)]
+    (found,) = report.by_model(rows, {"A@32": 4, "B@32": 2})
+    assert (found.model, found.layers, found.kernels) == ("A@32", 4, 8)
+    assert found.bytes_over_least == (3 * 300 + 100) / 400
+    assert found.least_seconds == pytest.approx(4e-6)
+    assert report.by_model([*rows, row("c", {"A@32": 1}, error="no")], {"A@32": 5, "B@32": 2}) == []
+
+
 def test_an_issue_time_is_not_given_where_a_part_is_unknown():
     from gpu_prediction.rows import PassRow, fill_pass
 

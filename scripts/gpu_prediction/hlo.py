@@ -16,6 +16,7 @@ _BYTES = {
     **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
     **dict.fromkeys(("f32", "s32", "u32"), 4),
     **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
+    "c128": 16,
 }
 
 #: They launch nothing.

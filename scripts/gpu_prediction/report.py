@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import bench_common
@@ -83,8 +83,13 @@ class ModelPass:
     least_seconds: float
 
 
-def by_model(rows: Sequence[PassRow]) -> list[ModelPass]:
-    """Sums over the layers of each model whose shapes were all compiled."""
+def by_model(rows: Sequence[PassRow], layers: Mapping[str, int]) -> list[ModelPass]:
+    """Sums over the depthwise layers of each model whose shapes were all compiled.
+
+    Args:
+        rows: with `used_by`.
+        layers: model, as in `used_by` → how many depthwise layers it has.
+    """
     sums = []
     keys = dict.fromkeys(
         (row.card, row.precision, row.layout, model, row.batch, row.pass_name, row.lowering)
@@ -100,9 +105,9 @@ def by_model(rows: Sequence[PassRow]) -> list[ModelPass]:
             and (row.card, row.precision, row.layout, row.batch) == (card, precision, layout, batch)
             and (row.pass_name, row.lowering) == (pass_name, lowering)
         ]
-        if any(row.error is not None for row in some):
-            continue
         counts = [row.used_by[model] for row in some]
+        if sum(counts) != layers[model] or any(row.error is not None for row in some):
+            continue
         pairs = list(zip(some, counts, strict=True))
         sums.append(
             ModelPass(

@@ -699,12 +699,7 @@ def test_shifted_reads_and_writes_once(compiled, pass_name, name):
 @law
 @pytest.mark.parametrize(
     ("name", "most"),
-    [
-        not_yet("3x3", 1.7),
-        not_yet("3x3 bfloat16", 2.3),
-        not_yet("3x3 stride 2", 1.7),
-        not_yet("7x7", 3.0),
-    ],
+    [("3x3", 1.7), ("3x3 bfloat16", 2.3), ("3x3 stride 2", 1.7), ("7x7", 3.0)],
 )
 def test_the_kernel_gradient_of_shifted_reads_few_times(compiled, name, most):
     facts = compiled[f"shifted, kernel_gradient, {name}"]
@@ -715,10 +710,10 @@ def test_the_kernel_gradient_of_shifted_reads_few_times(compiled, name, most):
 @law
 @pytest.mark.parametrize(
     ("pass_name", "name"),
-    [not_yet(pass_name, name) for pass_name in PASSES for name in SPECS],
+    [not_yet(pass_name, name) for pass_name in ("forward", "input_gradient") for name in SPECS],
 )
 def test_shifted_loads_vectors(compiled, pass_name, name):
-    """Most loads bring in several channels at once, where the channels allow it."""
+    """Most loads bring in several channels at once. (The kernel gradient sums one a thread.)"""
     loads = compiled[f"shifted, {pass_name}, {name}"]["loads"]
     element = "2" if "bfloat16" in name else "4"
     vectors = sum(count for width, count in loads.items() if width != element)

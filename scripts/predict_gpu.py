@@ -41,16 +41,14 @@ Examples (2 CPU cores; one pass takes 1 to 3 seconds, a step 20 to 60):
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
 import importlib.metadata
 import itertools
 import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from gpu_prediction import process
@@ -64,14 +62,14 @@ import bench_shapes
 import bench_variants
 import keras
 from absl import app, flags
-from gpu_prediction import bounds, programs, report
+from gpu_prediction import bounds, report
 from gpu_prediction.cards import CARDS, Card, find_card
 from gpu_prediction.compiler import Compiler, why_not_here
 from gpu_prediction.machine_code import Tools
-from gpu_prediction.rows import PassRow, StepRow, fill_pass, fill_step
+from gpu_prediction.predictor import BEST, Predictor
+from gpu_prediction.rows import PassRow, StepRow
 
-from diagconv_tf import ConvSpec, files, inspect_model, rewrite, why_not
-from diagconv_tf.lowerings import PerPassChoice
+from diagconv_tf import files
 from diagconv_tf.spec import PASSES, STOCK
 from diagconv_tf.text import summarize_error
 
@@ -108,129 +106,6 @@ PICTURES = flags.DEFINE_string("pictures", None, "Folder for pictures.")
 _THREE_SHAPES = ["56x56x128_k3_s1", "57x57x128_k3_s2_valid", "14x14x512_k3_s1"]
 
 
-# One program
-
-
-class Predictor:
-    """Compiles for one card, and remembers what it has compiled.
-
-    Args:
-        name: the card's in `--cards`.
-        card: the card.
-        compiler: for it.
-    """
-
-    def __init__(self, name: str, card: Card, compiler: Compiler):
-        self._name = name
-        self._card = card
-        self._compiler = compiler
-        self._passes: dict[Any, PassRow] = {}
-
-    def predict_pass(
-        self, spec: ConvSpec, lowering: str, pass_name: str, precision: str
-    ) -> PassRow:
-        """The row of one pass; whatever fails is its error."""
-        key = (spec, lowering, pass_name, precision)
-        if key not in self._passes:
-            self._passes[key] = self._predict_pass(*key)
-        return self._passes[key]
-
-    def _predict_pass(
-        self, spec: ConvSpec, lowering: str, pass_name: str, precision: str
-    ) -> PassRow:
-        row = PassRow(
-            card=self._name,
-            shape=bench_shapes.shape_name(spec),
-            used_by={},
-            batch=spec.batch or 0,
-            pass_name=pass_name,
-            precision=precision,
-            layout=spec.data_format,
-            lowering=lowering,
-            flops=spec.flops() or 0,
-            least_bytes=spec.least_bytes() or 0,
-        )
-        choice = bench_variants.read_variant(lowering)
-        if reasons := why_not(spec, choice):
-            return dataclasses.replace(row, error=f"refused: {'; '.join(reasons)}")
-        rate = report.flops_per_second(self._card, precision)
-        return self._filled(
-            row,
-            precision,
-            lambda: programs.compile_pass(self._compiler, spec, choice, pass_name, rate),
-            fill_pass,
-        )
-
-    def predict_step(self, model: str, precision: str, variant: str) -> StepRow:
-        """The row of one variant of a model; whatever fails is its error."""
-        row = StepRow(self._name, model, SIZE.value, BATCH_SIZE.value, precision, variant)
-        policy = bench_common.PRECISIONS[precision].policy
-        rate = report.flops_per_second(self._card, precision)
-        try:
-            step = programs.make_step(
-                model, SIZE.value, policy, self._set_variant(variant, precision)
-            )
-        except Exception as error:
-            return dataclasses.replace(row, error=summarize_error(error))
-        row = dataclasses.replace(
-            row, layers=step.layers, rewritten=step.rewritten, choices=step.choices
-        )
-        return self._filled(
-            row,
-            precision,
-            lambda: programs.compile_step(self._compiler, step, BATCH_SIZE.value, rate),
-            fill_step,
-        )
-
-    def _filled(
-        self,
-        row: Any,
-        precision: str,
-        compile_program: Callable[[], bounds.Program],
-        fill: Callable[[Any, bounds.Program], Any],
-    ) -> Any:
-        try:
-            with bench_common.precision_mode(precision):
-                program = compile_program()
-        except Exception as error:  # Of any kind: the others go on.
-            return dataclasses.replace(row, error=summarize_error(error))
-        return dataclasses.replace(
-            fill(row, program), error=bounds.why_too_large(program, self._card)
-        )
-
-    def _set_variant(self, variant: str, precision: str) -> Callable[[keras.Model], Any] | None:
-        if variant == STOCK:
-            return None
-        if variant == "best":
-            return functools.partial(self._set_best, precision=precision)
-        choice = bench_variants.read_variant(variant)
-        return lambda model: rewrite(model, choice, in_place=True)
-
-    def _set_best(self, model: keras.Model, precision: str) -> None:
-        """Gives each layer, for each pass, the lowering that takes least time alone."""
-        paths: dict[ConvSpec, list[str]] = collections.defaultdict(list)
-        for row in inspect_model(model, BATCH_SIZE.value).rows:
-            if row.eligible and row.main_spec is not None:
-                paths[row.main_spec].append(row.path)
-        for spec, layers in paths.items():
-            best = {name: self._best(spec, name, precision) for name in PASSES}
-            rewrite(model, best, include=layers, in_place=True)
-
-    def _best(self, spec: ConvSpec, pass_name: str, precision: str) -> str:
-        rows = [
-            self.predict_pass(spec, lowering, pass_name, precision)
-            for lowering in LOWERINGS.value
-            if not isinstance(bench_variants.read_variant(lowering), PerPassChoice)
-        ]
-        known = [row for row in rows if row.error is None]
-        if not known:
-            raise ValueError(
-                f"Expected a lowering of --lowerings for {bench_shapes.shape_name(spec)}. "
-                f"Received: {'; '.join(str(row.error) for row in rows)}"
-            )
-        return min(known, key=lambda row: row.least_seconds or 0.0).lowering
-
-
 # All programs
 
 
@@ -250,7 +125,7 @@ def predict_steps(predictor: Predictor) -> Iterable[StepRow]:
     for precision, model in itertools.product(PRECISION.value, MODELS.value):
         stock = None
         for variant in VARIANTS.value:
-            row = predictor.predict_step(model, precision, variant)
+            row = predictor.predict_step(model, SIZE.value, BATCH_SIZE.value, precision, variant)
             if variant == STOCK:
                 stock = row.least_seconds
             if stock and row.least_seconds:
@@ -360,9 +235,8 @@ def check_flags() -> dict[str, Card]:
     unknown = [name for name in MODELS.value if not callable(getattr(keras.applications, name, 0))]
     if unknown:
         raise ValueError(f"Expected names of keras.applications. Received: --models={unknown}")
-    for variant in (*VARIANTS.value, *LOWERINGS.value):
-        if variant not in (STOCK, "best"):
-            bench_variants.read_variant(variant)
+    for variant in (*LOWERINGS.value, *(set(VARIANTS.value) - {STOCK, BEST})):
+        bench_variants.read_variant(variant)
     return cards
 
 
@@ -386,7 +260,7 @@ def main(_: list[str]) -> None:
             sys.exit(
                 f"Expected a plugin that knows {card.name}. Received: {summarize_error(error)}"
             )
-        predictor = Predictor(name, card, compiler)
+        predictor = Predictor(name, card, compiler, LOWERINGS.value)
         for row in itertools.chain(predict_passes(predictor, shapes), predict_steps(predictor)):
             results.add(row)
     if results.passes:

@@ -563,7 +563,7 @@ for line in json.loads(sys.stdin.read()):
         found[line] = str(error)
 
 from diagconv_tf import ConvSpec
-from gpu_prediction import bounds, cards
+from gpu_prediction import bounds, cards, programs
 
 def fail(*arguments):
     raise RuntimeError("UNIMPLEMENTED: no such convolution\\nand much more")
@@ -573,9 +573,9 @@ for name, compile_pass in (
     ("fails", fail),
     ("large", lambda *arguments: bounds.Program([], 31 * 10**9)),
 ):
-    script["programs"].compile_pass = compile_pass
+    programs.compile_pass = compile_pass
     spec = ConvSpec(2, 8, 8, 4)
-    predictor = script["Predictor"]("l4", l4, None)
+    predictor = script["Predictor"]("l4", l4, None, [])
     row = predictor.predict_pass(spec, "shifted", "forward", "default")
     found[name] = [row.shape, row.error]
 row = predictor.predict_pass(spec, "diagonal_grouped:3", "forward", "default")

@@ -220,8 +220,9 @@ class _Point:
 
 def draw_passes(folder: str, rows: Sequence[PassRow], cards: dict[str, Card]) -> None:
     """A roofline with predictions for each card, precision and layout."""
-    keys = lambda row: (row.card, row.precision, row.layout)  # noqa: E731
-    for (name, precision, layout), some in bench_common.grouped(rows, keys):
+    for (name, precision, layout), some in bench_common.grouped(
+        rows, lambda row: (row.card, row.precision, row.layout)
+    ):
         points = [_Point(row) for row in some if row.error is None]
         if not points:
             continue

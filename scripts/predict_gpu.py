@@ -82,8 +82,9 @@ SHAPES = flags.DEFINE_list(
 )
 LOWERINGS = flags.DEFINE_list(
     "lowerings",
-    ["native", "shifted", "diagonal_grouped:32"],
-    "Lowerings of --shapes, and what `best` chooses from; A/B/C is one for each pass.",
+    [STOCK, "native", "shifted", "diagonal_grouped:32"],
+    "Lowerings of --shapes, and what `best` chooses from; A/B/C is one for each pass, and stock "
+    "what Keras's own layer runs.",
 )
 PASS_NAMES = flags.DEFINE_list("passes", list(PASSES), f"Some of {', '.join(PASSES)}.")
 LAYOUTS = flags.DEFINE_list("layouts", ["channels_last"], "channels_last, channels_first or both.")
@@ -235,7 +236,7 @@ def check_flags() -> dict[str, Card]:
     unknown = [name for name in MODELS.value if not callable(getattr(keras.applications, name, 0))]
     if unknown:
         raise ValueError(f"Expected names of keras.applications. Received: --models={unknown}")
-    for variant in (*LOWERINGS.value, *(set(VARIANTS.value) - {STOCK, BEST})):
+    for variant in {*LOWERINGS.value, *VARIANTS.value} - {STOCK, BEST}:
         bench_variants.read_variant(variant)
     return cards
 

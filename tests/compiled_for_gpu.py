@@ -28,10 +28,8 @@ from diagconv_tf.spec import PASSES, STOCK  # noqa: E402
 
 
 def default_lowering(spec):
-    """What `choose` picks on a GPU; for stock, what Keras's layer runs."""
-    conditions = Conditions("jax", "gpu", CARDS["h100"].name, True, ())
-    lowering = choose(spec, conditions).lowering
-    return "native" if lowering == STOCK else lowering
+    """What `choose` picks on a GPU."""
+    return choose(spec, Conditions("jax", "gpu", CARDS["h100"].name, True, ())).lowering
 
 
 def find(specs):
@@ -41,7 +39,8 @@ def find(specs):
     for name, spec in specs.items():
         for lowering in dict.fromkeys(("shifted", default_lowering(spec))):
             for pass_name in PASSES:
-                program = programs.compile_pass(compiler, spec, parse(lowering), pass_name, 1.0)
+                choice = None if lowering == STOCK else parse(lowering)
+                program = programs.compile_pass(compiler, spec, choice, pass_name, 1.0)
                 row = PassRow(
                     "h100", name, {}, 64, pass_name, "", "", lowering, 0, spec.least_bytes()
                 )

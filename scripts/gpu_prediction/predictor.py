@@ -66,8 +66,8 @@ class Predictor:
             flops=spec.flops() or 0,
             least_bytes=spec.least_bytes() or 0,
         )
-        choice = bench_variants.read_variant(lowering)
-        if reasons := why_not(spec, choice):
+        choice = None if lowering == STOCK else bench_variants.read_variant(lowering)
+        if choice is not None and (reasons := why_not(spec, choice)):
             return dataclasses.replace(row, error=f"refused: {'; '.join(reasons)}")
         rate = report.flops_per_second(self._card, precision)
         return self._filled(
@@ -139,7 +139,7 @@ class Predictor:
         rows = [
             self.predict_pass(spec, lowering, pass_name, precision)
             for lowering in self._candidates
-            if "/" not in lowering  # That is one for each pass.
+            if lowering != STOCK and "/" not in lowering  # Neither is of a single pass.
         ]
         known = [row for row in rows if row.error is None]
         if not known:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import keras
+from keras import ops
 
 from diagconv_tf import ConvSpec, inspect_model
 from diagconv_tf.lowerings import LoweringChoice, convolve
@@ -23,7 +24,7 @@ _CLASSES = 1000
 def compile_pass(
     compiler: Compiler,
     spec: ConvSpec,
-    choice: LoweringChoice,
+    choice: LoweringChoice | None,
     pass_name: str,
     flops_per_second: float,
 ) -> Program:
@@ -32,12 +33,14 @@ def compile_pass(
     Args:
         compiler: for the card.
         spec: the workload, all sizes known.
-        choice: the lowering.
+        choice: the lowering; None for what a stock layer runs.
         pass_name: one of `PASSES`.
         flops_per_second: as `Compiler.compile`.
     """
 
     def forward(inputs: Any, kernel: Any) -> Any:
+        if choice is None:
+            return _stock(spec, inputs, kernel)
         return convolve(spec, choice, inputs, kernel)
 
     def input_gradient(inputs: Any, kernel: Any, output_gradient: Any) -> Any:
@@ -55,6 +58,15 @@ def compile_pass(
         "kernel_gradient": (kernel_gradient, (inputs, kernel, outputs)),
     }[pass_name]
     return compiler.compile(function, *arguments, flops_per_second=flops_per_second)
+
+
+def _stock(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
+    """What Keras's own layer computes, by Keras's own op."""
+    window = (spec.strides, spec.padding, spec.data_format, spec.dilation_rate)
+    if not spec.is_depthwise:
+        return ops.conv(inputs, kernel, *window)
+    shape = (*spec.kernel_size, spec.groups, spec.output_channels_per_group)
+    return ops.depthwise_conv(inputs, ops.reshape(kernel, shape), *window)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -536,7 +536,8 @@ def test_an_issue_time_is_not_given_where_a_part_is_unknown():
     known = bound_kernel(Kernel("a", "kLoop", 8, 8), LAUNCH, ROUTINE, H100, 1.0)
     unknown = bound_kernel(Kernel("b", "kLoop", 8, 8), None, None, H100, 1.0)
     row = PassRow("h100", "s", {}, 1, "forward", "default", "", "native", 0, 16)
-    assert fill_pass(row, Program([known], 0)).issue_seconds == known.issue
+    copy = bound_kernel(Kernel("c", "copy", 8, 8, moves_only=True), None, None, H100, 1.0)
+    assert fill_pass(row, Program([known, copy], 0)).issue_seconds == known.issue
     assert fill_pass(row, Program([known, unknown], 0)).issue_seconds is None
 
 

@@ -91,12 +91,10 @@ class Program:
         kernels: all launches, in their order.
         memory: bytes of arguments, results and temporaries together, without the
             workspaces of libraries.
-        text: the optimised HLO.
     """
 
     kernels: Sequence[BoundKernel]
     memory: int
-    text: str = dataclasses.field(repr=False, default="")
 
     def heavy(self, least_bytes: int) -> list[BoundKernel]:
         """The kernels that move more than `HEAVY_SHARE` of a pass's least bytes."""

@@ -91,15 +91,14 @@ class Compiler:
         with _on_the_card(self.card):
             lowered = jax.jit(function, donate_argnums=tuple(donate_argnums)).lower(*arguments)
         compiled = lowered.compile()
-        text = compiled.as_text()
         launches = machine_code.read_launches(
             self._read("*.thunk_sequence.txt"), self._read("*.thunk_metadata.txt")
         )
         ptx = (path.read_text() for path in sorted(self._dump.glob("*.ptx")))
         routines = machine_code.read_routines(ptx, self.card, self._tools)
         kernels = []
-        for kernel in hlo.read_kernels(text):
-            launch = None if kernel.library else launches.get(kernel.name)
+        for kernel in hlo.read_kernels(compiled.as_text()):
+            launch = launches.get(kernel.name) if kernel.is_written_by_xla else None
             routine = routines.get(launch.symbol) if launch else None
             kernels.append(bound_kernel(kernel, launch, routine, self.card, flops_per_second))
         memory = compiled.memory_analysis()
@@ -109,7 +108,6 @@ class Compiler:
             + memory.output_size_in_bytes
             + memory.temp_size_in_bytes
             - memory.alias_size_in_bytes,
-            text,
         )
 
     def _read(self, pattern: str) -> str:

@@ -97,6 +97,11 @@ class Kernel:
             return "gemm"
         return None
 
+    @property
+    def is_written_by_xla(self) -> bool:
+        """Whether it has code that can be read; a plain copy is the driver's."""
+        return self.library is None and self.kind != "copy"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:

@@ -16,13 +16,20 @@ import keras
 from diagconv_tf import ConvSpec, inspect_model, rewrite, why_not
 from diagconv_tf.spec import PASSES, STOCK
 from diagconv_tf.text import summarize_error
-from gpu_prediction import bounds, programs, report
+from gpu_prediction import bounds, programs
 from gpu_prediction.cards import Card
 from gpu_prediction.compiler import Compiler
 from gpu_prediction.rows import PassRow, StepRow, fill_pass, fill_step
 
 #: The variant that has, for each layer and pass, the candidate with the least time alone.
 BEST = "best"
+
+
+def flops_per_second(card: Card, precision: str) -> float:
+    """Peak of convolutions and matrix products in a precision of the benchmarks."""
+    known = bench_common.PRECISIONS[precision]
+    # None leaves it to JAX, which allows TF32.
+    return card.flops_per_second(known.dtype, tf32=known.tf32 is not False)
 
 
 class Predictor:
@@ -69,7 +76,7 @@ class Predictor:
         choice = None if lowering == STOCK else bench_variants.read_variant(lowering)
         if choice is not None and (reasons := why_not(spec, choice)):
             return dataclasses.replace(row, error=f"refused: {'; '.join(reasons)}")
-        rate = report.flops_per_second(self._card, precision)
+        rate = flops_per_second(self._card, precision)
         return self._filled(
             row,
             precision,
@@ -83,7 +90,7 @@ class Predictor:
         """The row of one variant of a model; whatever fails is its error."""
         row = StepRow(self._name, model, size, batch_size, precision, variant)
         policy = bench_common.PRECISIONS[precision].policy
-        rate = report.flops_per_second(self._card, precision)
+        rate = flops_per_second(self._card, precision)
         try:
             set_variant = self._set_variant(variant, batch_size, precision)
             step = programs.make_step(model, size, policy, set_variant)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from gpu_prediction.bounds import BANDWIDTH_SHARE
 from gpu_prediction.cards import Card
+from gpu_prediction.predictor import flops_per_second
 from gpu_prediction.rows import PassRow, StepRow
 
 _CAPTION = (
@@ -269,10 +270,3 @@ def draw_steps(folder: str, rows: Sequence[StepRow], cards: dict[str, Card]) -> 
         )
         axes.legend(fontsize="small")
         bench_common.save_figure(figure, folder, f"predicted_steps_{name}_{precision}")
-
-
-def flops_per_second(card: Card, precision: str) -> float:
-    """Peak of convolutions and matrix products in a precision of the benchmarks."""
-    known = bench_common.PRECISIONS[precision]
-    # None leaves it to JAX, which allows TF32.
-    return card.flops_per_second(known.dtype, tf32=known.tf32 is not False)

@@ -88,7 +88,7 @@ def fill_pass(row: PassRow, program: Program) -> PassRow:
     moved = total_bytes(kernels)
     issues = [k.issue * k.kernel.times for k in kernels if k.issue is not None]
     # All that XLA wrote must be known, or the sum is of something else.
-    issue_known = len(issues) == sum(k.kernel.library is None for k in kernels)
+    issue_known = len(issues) == sum(k.kernel.is_written_by_xla for k in kernels)
     # The dearest of XLA's own kernels; the others are reductions of what it leaves.
     routine = max(own, key=lambda k: k.kernel.bytes).routine if own else None
     return dataclasses.replace(

@@ -240,6 +240,8 @@ def draw_passes(folder: str, rows: Sequence[PassRow], cards: dict[str, Card]) ->
 
 def draw_steps(folder: str, rows: Sequence[StepRow], cards: dict[str, Card]) -> None:
     """For each card and precision, bars of the least times of all models."""
+    from matplotlib.patches import Patch
+
     for (name, precision), some in bench_common.grouped(
         rows, lambda row: (row.card, row.precision)
     ):
@@ -258,9 +260,8 @@ def draw_steps(folder: str, rows: Sequence[StepRow], cards: dict[str, Card]) -> 
             axes.bar(place, libraries, width, color=color, alpha=0.4)
             own = 1e3 * row.shares["xla"].least_seconds
             axes.bar(place, own, width, bottom=libraries, color=color)
-        for index, variant in enumerate(variants):
-            axes.bar([], [], color=f"C{index}", label=variant)
-        axes.bar([], [], color="grey", alpha=0.4, label="of which cuDNN and GEMM, at best")
+        legend = [Patch(color=f"C{index}", label=name) for index, name in enumerate(variants)]
+        legend.append(Patch(color="grey", alpha=0.4, label="of which cuDNN and GEMM, at best"))
         axes.set_xticks(range(len(models)), models)
         axes.set_ylabel("least milliseconds of a training step (predicted)")
         axes.set_title(
@@ -268,5 +269,5 @@ def draw_steps(folder: str, rows: Sequence[StepRow], cards: dict[str, Card]) -> 
             f"batch {some[0].batch}, {some[0].size}x{some[0].size}",
             fontsize="medium",
         )
-        axes.legend(fontsize="small")
+        axes.legend(handles=legend, fontsize="small")
         bench_common.save_figure(figure, folder, f"predicted_steps_{name}_{precision}")

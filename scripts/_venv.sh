@@ -17,4 +17,9 @@ prepare() {
     fi
     # The lines about absent CUDA drivers and CPU features hide real messages.
     export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
+    # So does JAX's traceback where only its compiler for GPUs is installed (`.[predict]`).
+    if compgen -G "$folder/lib/python*/site-packages/jax_plugins/xla_cuda*" > /dev/null &&
+        ! command -v nvidia-smi > /dev/null; then
+        export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+    fi
 }

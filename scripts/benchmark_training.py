@@ -56,15 +56,15 @@ from typing import Any
 
 import bench_common
 import bench_device
+import bench_variants
 import keras
 import numpy as np
 from absl import app, flags
 from keras import ops
 from rich.table import Table
 
-from diagconv_tf import ConvSpec, Plan, inspect_model, rewrite
-from diagconv_tf.lowerings import Lowering, LoweringChoice, UniformChoice, parse
-from diagconv_tf.spec import PASSES, STOCK
+from diagconv_tf import Plan, inspect_model, rewrite
+from diagconv_tf.spec import STOCK
 from diagconv_tf.text import summarize_error
 from diagconv_tf.timing import Timings, time_interleaved
 from diagconv_tf.tuning.contest import TrainingSteps
@@ -107,46 +107,6 @@ _CLASSES = 1000
 
 #: The variant that is what users have.
 DEFAULT = "default"
-
-
-@dataclasses.dataclass(frozen=True)
-class CentreTap(Lowering):
-    """The floor: the centre tap of each depthwise kernel. Not the same function."""
-
-    @property
-    def name(self) -> str:
-        return "floor"
-
-    def why_not(self, spec: ConvSpec) -> list[str]:
-        if spec.input_channels_per_group == 1:
-            return []
-        return ["the floor is defined for one input channel a group"]
-
-    def runs_standard_convolutions(self, spec: ConvSpec) -> bool:
-        return False
-
-    def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
-        multiplier = spec.output_channels_per_group
-        if multiplier > 1:
-            inputs = ops.repeat(inputs, multiplier, axis=spec.channel_axis)
-        centre = [(k - 1) // 2 for k in spec.kernel_size]
-        padding = spec.padding_for((spec.height, spec.width))
-        window = [slice(None)] * 4
-        for axis in (0, 1):
-            first = centre[axis] * spec.dilation_rate[axis] - padding[axis][0]
-            last = first + (spec.output_size[axis] - 1) * spec.strides[axis]
-            window[spec.spatial_axes[axis]] = slice(first, last + 1, spec.strides[axis])
-        shape = [1, 1, 1, 1]
-        shape[spec.channel_axis] = spec.output_channels
-        return inputs[tuple(window)] * ops.reshape(kernel[centre[0], centre[1], 0], shape)
-
-    def input_gradient(
-        self, spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple
-    ) -> Any:
-        raise NotImplementedError("The framework differentiates the floor.")
-
-    def kernel_gradient(self, spec: ConvSpec, inputs: Any, output_gradient: Any) -> Any:
-        raise NotImplementedError("The framework differentiates the floor.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +233,7 @@ def set_variant(model: keras.Model, variant: str, group: Group) -> tuple[int, in
         )
         rewrite(model, Plan.load(name), in_place=True)
     elif variant not in (DEFAULT, STOCK):
-        rewrite(model, read_variant(variant), in_place=True)
+        rewrite(model, bench_variants.read_variant(variant), in_place=True)
     rows = inspect_model(model).rows
     rewritten = sum(row.lowering != STOCK for row in rows)
     if not rows or (variant not in (DEFAULT, STOCK, "tuned") and not rewritten):
@@ -282,14 +242,6 @@ def set_variant(model: keras.Model, variant: str, group: Group) -> tuple[int, in
             f"{group.model} with {len(rows)}, of which none can be rewritten so"
         )
     return len(rows), rewritten
-
-
-def read_variant(variant: str) -> LoweringChoice:
-    """The lowering that a variant's name means."""
-    if variant == "floor":
-        return UniformChoice(CentreTap())
-    passes = variant.split("/")
-    return parse(variant if len(passes) == 1 else dict(zip(PASSES, passes, strict=True)))
 
 
 # Measuring
@@ -517,7 +469,7 @@ def check_flags() -> None:
         raise ValueError(f"Expected --batch_size >= 1. Received: {','.join(BATCH_SIZE.value)}")
     for variant in VARIANTS.value:
         if variant not in (DEFAULT, STOCK, "tuned"):
-            read_variant(variant)
+            bench_variants.read_variant(variant)
     if ("tuned" in VARIANTS.value) != (PLAN.value is not None):
         raise ValueError(
             "Expected --plan=FILE together with the variant 'tuned'. Received: "

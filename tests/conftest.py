@@ -1,6 +1,8 @@
 """Marks and settings that all tests share."""
 
+import contextlib
 import gc
+import importlib.util
 import logging
 import os
 import shutil
@@ -23,6 +25,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+
+# JAX's compiler for GPUs may be installed where there are none (`.[predict]`): JAX would
+# look for CUDA, and log a traceback.
+with contextlib.suppress(ModuleNotFoundError):
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") and not shutil.which("nvidia-smi"):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import keras  # noqa: E402 - JAX reads the variables when it is imported.
 

@@ -200,7 +200,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("mode", {MODES[0], MODES[-1]})
+@pytest.mark.parametrize("mode", dict.fromkeys((MODES[0], MODES[-1])))
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_are_straight_through(name, mode):
     operand, reference = GRADIENTS[name]

@@ -1,6 +1,7 @@
 """What is read of code for GPUs, and the laws that code for GPUs keeps. Nothing runs on one."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -676,11 +677,6 @@ def law(test):
     return test
 
 
-def not_yet(reason, *values):
-    """A row of a law that does not hold yet."""
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 @pytest.fixture(scope="module")
 def compiled():
     """`"lowering, pass, name of the workload"` → facts."""
@@ -721,13 +717,7 @@ def test_shifted_loads_four_channels_at_once(compiled, pass_name, name):
 @law
 @pytest.mark.parametrize(
     ("pass_name", "name"),
-    [
-        not_yet("`choose` leaves it to Keras's op", pass_name, name)
-        if (pass_name, name) == ("input_gradient", "3x3 stride 2")
-        else (pass_name, name)
-        for pass_name in PASSES
-        for name in SPECS
-    ],
+    list(itertools.product(PASSES, SPECS)),
 )
 def test_the_default_copies_nothing(compiled, pass_name, name):
     """No kernel of what `choose` picks does nothing but move an input or a gradient."""

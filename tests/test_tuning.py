@@ -623,7 +623,12 @@ def test_the_variants_of_a_contest():
     assert on_cpu["diagonal:32"] == dict.fromkeys(("small", "large", "grouped"), "diagonal:32")
     assert ("small" in on_cpu["native"]) == (BACKEND == "torch")
     assert on_cpu["native"]["grouped"] == "native"
-    assert [*on_gpu][2:] == ["diagonal_grouped:32", "native/native/diagonal:32", "diagonal:32"]
+    assert [*on_gpu][2:] == [
+        "diagonal_grouped:32",
+        "native/native/shifted",
+        "native/native/diagonal:32",
+        "diagonal:32",
+    ]
     # On a CPU blocks compete only where shifts leave a layer out.
     rows = tuple(row for row in inspection.rows if row.path != "large")
     inspection = dataclasses.replace(inspection, rows=rows)

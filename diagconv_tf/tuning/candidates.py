@@ -29,10 +29,10 @@ MOST_DENSE_CHANNELS = 128
 
 #: On GPUs the kernel gradient is where the frameworks' own op loses most
 #: (tensorflow#41715); a prediction, no GPU has been measured yet.
-_OWN_KERNEL_GRADIENT: dict[str, str] = {
-    **dict.fromkeys(PASSES, "native"),
-    "kernel_gradient": "diagonal:32",
-}
+_OWN_KERNEL_GRADIENTS: tuple[dict[str, str], ...] = tuple(
+    {**dict.fromkeys(PASSES, "native"), "kernel_gradient": lowering}
+    for lowering in ("shifted", "fused", "diagonal:32")
+)
 
 
 def distinct_workloads(inspection: Inspection) -> list[Workload]:
@@ -72,7 +72,7 @@ def contest_variants(inspection: Inspection, conditions: Conditions) -> dict[str
 
     lowerings: list[LoweringLike] = ["native", "shifted"]
     if conditions.device_kind != "cpu":
-        lowerings += ["diagonal_grouped:32", _OWN_KERNEL_GRADIENT, "diagonal:32"]
+        lowerings += ["fused", "diagonal_grouped:32", *_OWN_KERNEL_GRADIENTS, "diagonal:32"]
     elif len(variant("shifted")) < len(layers):
         # Where "shifted" suits all layers, "diagonal:32" has nothing to win on a CPU, and
         # compiles longest. (MobileNetV1: 1.37 and 1.48 times shifted's step under XLA, with
@@ -89,7 +89,7 @@ def contest_variants(inspection: Inspection, conditions: Conditions) -> dict[str
 
 def layer_candidates(workload: Workload, conditions: Conditions) -> list[str]:
     """What is measured of one workload alone: stock first, then lowerings."""
-    names = ["native", "shifted", "diagonal:32", "dense", "diagonal_grouped:32"]
+    names = ["native", "shifted", "fused", "diagonal:32", "dense", "diagonal_grouped:32"]
     if conditions.device_kind == "cpu" and conditions.compiled:
         # XLA:CPU takes seconds for the kernel gradient of grouped convolutions.
         names.remove("diagonal_grouped:32")
@@ -106,8 +106,11 @@ def _eligible(inspection: Inspection) -> list[tuple[ConvolutionRow, ConvSpec, st
     ]
 
 
-def _native_is_stock(spec: ConvSpec, stock_op: str) -> bool:
+def _native_is_stock(spec: ConvSpec, stock_op: str, conditions: Conditions) -> bool:
     """Whether the lowering `"native"` runs what stock runs."""
+    # It has an input gradient of its own for strides there.
+    if conditions.compiled and conditions.device_kind == "gpu" and max(spec.strides) > 1:
+        return False
     return (
         stock_op == "depthwise_conv"
         and spec.is_depthwise
@@ -130,9 +133,10 @@ def _plainest(
             lowering = "dense"
     shifts = math.prod(spec.kernel_size) * spec.input_channels_per_group
     most_shifts = MOST_SHIFTS_COMPILED if conditions.compiled else MOST_SHIFTS_UNCOMPILED
+    names = {lowering} if isinstance(lowering, str) else set(lowering.values())
     senseless = (
-        (lowering == "native" and _native_is_stock(spec, stock_op))
-        or (lowering == "dense" and spec.input_channels > MOST_DENSE_CHANNELS)
-        or (lowering == "shifted" and shifts > most_shifts)
+        (names == {"native"} and _native_is_stock(spec, stock_op, conditions))
+        or ("dense" in names and spec.input_channels > MOST_DENSE_CHANNELS)
+        or ("shifted" in names and shifts > most_shifts)
     )
     return None if senseless or why_not(spec, lowering) else lowering

@@ -126,6 +126,7 @@ def _with_bits(model: keras.Model, deployed: keras.Model) -> keras.Model:
             made.append((type(layer).from_config(layer.get_config()), layer))
         return made[-1][0]
 
+    deployed.compiled = False  # Else Keras compiles the clone, for which there is nothing to train.
     target = keras.models.clone_model(deployed, clone_function=replace, recursive=True)
     for copy, source in made:
         if isinstance(copy, BitDense | BitConv2D):

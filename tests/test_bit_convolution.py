@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from diagconv_tf import deploy, rewrite
-from diagconv_tf.lowbit import LowBit, bit_convolution
+from diagconv_tf.lowbit import LowBit, StochasticRounding, bit_convolution
 from diagconv_tf.lowbit.bit_convolution import CodeGrid, PackedKernel, convolve, dense
 
 
@@ -171,6 +171,8 @@ def test_layers_of_bits_compute_what_the_low_bit_layers_do(bits, tmp_path, caplo
 def test_the_kernel_is_kept_as_bits():
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32, use_bias=False)])
     rewrite(model, LowBit(2, 2, skip=()), in_place=True)
+    # Compiled as for training: of what is deployed, no variable can be trained.
+    model.compile(StochasticRounding("sgd", delta=2.0, select=lambda v: v.trainable), "mse")
     (dense,) = deploy(model, kernels="bits").layers
     assert dense.words.shape == (64 // 32, 2, 32)
 

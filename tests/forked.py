@@ -67,6 +67,8 @@ def start(module, *arguments, cwd=ROOT, **environment):
         environment: what it has besides this process's variables.
     """
     folder = pathlib.Path(tempfile.mkdtemp(dir=_folder()))
+    for name in ("out", "err"):  # It may be ended before it opens them.
+        (folder / name).touch()
     command = {
         "module": module,
         "arguments": list(map(str, arguments)),

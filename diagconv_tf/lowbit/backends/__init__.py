@@ -14,7 +14,14 @@ from typing import Any
 
 import keras
 
-_BACKEND: Any = importlib.import_module(f"diagconv_tf.lowbit.backends.{keras.backend.backend()}")
+_NAME = keras.backend.backend()
+
+# The package can be imported on other backends; `diagconv_tf.backends` refuses to compute there.
+_BACKEND: Any = (
+    importlib.import_module(f"diagconv_tf.lowbit.backends.{_NAME}")
+    if _NAME in ("tensorflow", "jax", "torch")
+    else None
+)
 
 
 def through(operand: Any, tensor: Any, seed: Any = None) -> Any:

@@ -246,7 +246,7 @@ def test_training_steps(tmp_path):
         "--steps_per_sample=2",
         "--precision=float32,tf32",
         "--budget_seconds=1",
-        "--variants=stock,floor,diagonal_grouped:7,tuned",
+        "--variants=default,stock,floor,diagonal_grouped:7,tuned",
         f"--plan={write_plan(tmp_path)}",
         f"--out={tmp_path}/out.json",
         f"--pictures={tmp_path}",
@@ -255,6 +255,7 @@ def test_training_steps(tmp_path):
     results = json.loads((tmp_path / "out.json").read_text())
     check_environment(results["environment"], "benchmark_training.py")
     rows = {(r["precision"], r["batch_size"], r["variant"]): r for r in results["rows"]}
+    # Compiled as Keras does by itself, stock is the default.
     variants = ("stock", "floor", "diagonal_grouped:7", "tuned")
     assert set(rows) == set(itertools.product(("float32", "tf32"), (2, 3), variants))
     for (precision, batch_size, variant), row in rows.items():
@@ -270,6 +271,7 @@ def test_training_steps(tmp_path):
             assert row["layers"] == 2
             assert row["rewritten"] == {"stock": 0, "floor": 2, "tuned": 1}[variant]
             assert row["images_per_second"] == pytest.approx(2 / row["median"])
+            assert row["over_default"] == row["over_stock"]
             assert row["first_step"] > 0
             assert row["peak_memory"] is None
     losses = [rows["float32", 2, variant]["first_loss"] for variant in ("stock", "tuned")]
@@ -277,6 +279,27 @@ def test_training_steps(tmp_path):
     assert BACKEND == "torch" or losses[0] == pytest.approx(losses[1], rel=1e-4)
     suffix = "_compiled" if BACKEND == "jax" else ""
     assert [path.stem for path in tmp_path.glob("*.png")] == [f"training_float32_2{suffix}"]
+
+
+@pytest.mark.backends("tensorflow")
+def test_what_is_compiled_is_compared_with_what_users_have(tmp_path):
+    """On a CPU, Keras by itself does not compile."""
+    code, _, errors = run(
+        "benchmark_training.py",
+        "--models=Tiny",
+        "--size=32",
+        "--batch_size=2",
+        "--rounds=2",
+        "--jit_compile=true",
+        "--variants=default,stock",
+        f"--out={tmp_path}/out.json",
+    )
+    assert code == 0, errors
+    default, stock = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert (default["variant"], default["over_default"]) == ("default", 1)
+    assert stock["over_default"] == pytest.approx(stock["median"] / default["median"])
+    assert stock["over_stock"] == 1
+    assert default["first_loss"] == pytest.approx(stock["first_loss"], rel=1e-4)
 
 
 def write_plan(folder):

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from diagconv_tf.environment import Conditions
 from diagconv_tf.lowerings import ACCEPTED, LoweringChoice, LoweringLike, parse
-from diagconv_tf.spec import STOCK, ConvSpec
+from diagconv_tf.spec import PASSES, STOCK, ConvSpec
 
 #: What `rewrite` takes for "as `choose` says, layer by layer".
 AUTO = "auto"
@@ -30,18 +30,19 @@ class Choice:
     """What `choose` recommends.
 
     Attributes:
-        lowering: `"stock"` (leave the layer to Keras), or a layer's `lowering`.
+        lowering: `"stock"` (leave the layer to Keras), or a layer's `lowering`: a name, or
+            one name per pass.
         reason: why, in one line.
         basis: `"measured"`; `"predicted"`, from compiled code that was not run; or
             `"unknown"`, and then `lowering` is `"stock"`.
     """
 
-    lowering: str
+    lowering: LoweringLike
     reason: str
     basis: Basis
 
     def __str__(self) -> str:
-        return f"{self.lowering} ({self.basis}: {self.reason})"
+        return f"{_name(self.lowering)} ({self.basis}: {self.reason})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +53,31 @@ class _Row:
     device_kind: str
     compiled: bool
     stock_op: StockOp | None
-    lowering: str
+    lowering: LoweringLike
     basis: Basis
     evidence: str
+    least_stride: int = 1
 
-    def fits(self, conditions: Conditions, stock_op: StockOp) -> bool:
+    def fits(self, spec: ConvSpec, conditions: Conditions, stock_op: StockOp) -> bool:
         here = (conditions.backend, conditions.device_kind, conditions.compiled)
         there = (self.backend, self.device_kind, self.compiled)
-        return here == there and self.stock_op in (None, stock_op)
+        is_here = here == there and self.stock_op in (None, stock_op)
+        return is_here and max(spec.strides) >= self.least_stride
 
 
-#: What JAX compiles for an H100 (scripts/predict_gpu.py). With stride 1, `"native"` is what
-#: stock runs. `"shifted"` may take less for whole steps in float32 (7.08 against 7.53 ms at
-#: least for MobileNetV1), and more in bfloat16 and with 7×7 kernels: only a GPU can tell.
+#: `"native"` for each pass, so that the gradients are this package's own: for strides XLA
+#: makes the input gradient of its convolution from a dilated copy.
+_NATIVE_GRADIENTS: LoweringLike = {str(name): "native" for name in PASSES}
+
+#: What JAX compiles for an H100 (scripts/predict_gpu.py).
+_STRIDES_ON_GPU = (
+    "nothing was run: in the code that XLA makes for an H100, the input gradient moves 1.00 "
+    "times the least bytes, stock's 2.7 to 3.1 times"
+)
 _ON_GPU = (
-    "nothing was run: in the code that XLA makes for an H100, the input gradient with stride 2 "
-    "moves 1.00 times the least bytes, stock's 2.7 to 3.1 times; all else is as in stock"
+    "nothing was run: in the code that XLA makes for an H100, a step takes at least 7.53 ms "
+    "stock, 7.08 shifted (MobileNetV1, float32), 4.04 and 4.14 (bfloat16), 16.8 and 18.3 "
+    "(ConvNeXtTiny): how fast cuDNN is decides"
 )
 
 _TABLE = (
@@ -103,8 +113,10 @@ _TABLE = (
         "1.55 of stock's step with diagonal:32, 1.37 with shifted for MobileNetV1 "
         "(training_torch_cpu.json); Keras runs one op for both kinds of layers",
     ),
-    _Row("tensorflow", "gpu", True, None, "native", "predicted", _ON_GPU),
-    _Row("jax", "gpu", True, None, "native", "predicted", _ON_GPU),
+    _Row("tensorflow", "gpu", True, None, _NATIVE_GRADIENTS, "predicted", _STRIDES_ON_GPU, 2),
+    _Row("tensorflow", "gpu", True, None, STOCK, "predicted", _ON_GPU),
+    _Row("jax", "gpu", True, None, _NATIVE_GRADIENTS, "predicted", _STRIDES_ON_GPU, 2),
+    _Row("jax", "gpu", True, None, STOCK, "predicted", _ON_GPU),
 )  # fmt: skip
 
 
@@ -143,7 +155,7 @@ def choose(spec: ConvSpec, conditions: Conditions, stock_op: StockOp | None = No
         raise ValueError(
             f"Expected `stock_op` to be one of {get_args(StockOp)} or None. Received: {stock_op!r}"
         )
-    row = next((row for row in _TABLE if row.fits(conditions, stock_op)), None)
+    row = next((row for row in _TABLE if row.fits(spec, conditions, stock_op)), None)
     if row is None:
         return Choice(STOCK, f"{_where(conditions)} was not measured", "unknown")
     if not_measured := _not_measured(spec):
@@ -166,6 +178,10 @@ def parse_or_auto(lowering: LoweringLike | LoweringChoice) -> LoweringChoice | s
         raise ValueError(
             f'Expected `lowering` to be "{AUTO}", {ACCEPTED}. Received: lowering={received!r}'
         ) from error
+
+
+def _name(lowering: LoweringLike) -> str:
+    return lowering if isinstance(lowering, str) else str(parse(lowering))
 
 
 def _where(conditions: Conditions) -> str:
@@ -195,12 +211,22 @@ def _not_measured(spec: ConvSpec) -> str | None:
 
 def _table_text() -> str:
     """The decision table in Markdown."""
-    rows = [dataclasses.astuple(row) for row in _TABLE]
     cells = [
-        (backend, device, "yes" if compiled else "no", stock_op or "any", *rest)
-        for backend, device, compiled, stock_op, *rest in rows
+        (
+            row.backend,
+            row.device_kind,
+            "yes" if row.compiled else "no",
+            row.stock_op or "any",
+            "any" if row.least_stride == 1 else f">= {row.least_stride}",
+            _name(row.lowering),
+            row.basis,
+            row.evidence,
+        )
+        for row in _TABLE
     ]
-    head = ("backend", "device", "compiled", "stock op", "lowering", "basis", "evidence")
+    head = (
+        "backend", "device", "compiled", "stock op", "stride", "lowering", "basis", "evidence"
+    )  # fmt: skip
     return "\n    ".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *cells))
 
 

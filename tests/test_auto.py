@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from keras import layers
 
 from diagconv_tf import (
-    Choice,
     Conditions,
     ConvSpec,
     Plan,
@@ -26,6 +25,7 @@ from diagconv_tf import (
 )
 from diagconv_tf.auto import parse_or_auto
 from diagconv_tf.model_tree import walk_layers
+from diagconv_tf.spec import PASSES
 from tests.numerics import BACKEND
 
 RESULTS = pathlib.Path(__file__).parents[1] / "scripts" / "results"
@@ -50,11 +50,14 @@ def documented_rows():
 @one_backend
 def test_the_docstring_is_the_table():
     rows = documented_rows()
-    assert len(rows) == 9
-    for backend, device, compiled, stock_op, lowering, basis, evidence in rows:
+    assert len(rows) == 11
+    for backend, device, compiled, stock_op, stride, lowering, basis, evidence in rows:
+        spec = SPEC if stride == "any" else SPEC.replace(strides=(2, 2))
         for op in ("depthwise_conv", "conv") if stock_op == "any" else (stock_op,):
             here = conditions(backend, device, {"yes": True, "no": False}[compiled])
-            assert choose(SPEC, here, op) == Choice(lowering, evidence, basis)
+            choice = choose(spec, here, op)
+            assert (choice.reason, choice.basis) == (evidence, basis)
+            assert str(choice) == f"{lowering} ({basis}: {evidence})"
             for file in re.findall(r"[\w.]+\.json", evidence):
                 assert (RESULTS / file).exists()
 
@@ -79,6 +82,15 @@ def test_measured_conditions_on_cpus(case, lowering):
     choice = choose(SPEC, conditions(backend, "cpu", compiled), op)
     assert (choice.lowering, choice.basis) == (lowering, "measured")
     assert str(choice).startswith(f"{lowering} (measured: ")
+
+
+@one_backend
+def test_on_gpus_strides_get_gradients_of_their_own():
+    here = conditions("jax", "gpu", True)
+    assert choose(SPEC, here).lowering == "stock"
+    strided = choose(SPEC.replace(strides=(2, 2)), here)
+    assert strided.lowering == dict.fromkeys(PASSES, "native")
+    assert str(strided).startswith("native/native/native (predicted: ")
 
 
 @one_backend
@@ -194,9 +206,8 @@ CONDITIONS = st.builds(
 def test_only_what_was_measured_and_can_be_computed_is_chosen(spec, here, op):
     choice = choose(spec, here, op)
     if choice.lowering != "stock":
-        assert choice.basis == "measured"
+        assert choice.basis == ("measured" if here.device_kind == "cpu" else "predicted")
         assert why_not(spec, choice.lowering) == []
-        assert here.device_kind == "cpu"
     assert choice == choose(spec.replace(batch=None, height=None, width=None), here, op)
 
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from diagconv_tf.environment import Conditions
 from diagconv_tf.lowerings import ACCEPTED, LoweringChoice, LoweringLike, parse
-from diagconv_tf.spec import PASSES, STOCK, ConvSpec
+from diagconv_tf.spec import STOCK, ConvSpec
 
 #: What `rewrite` takes for "as `choose` says, layer by layer".
 AUTO = "auto"
@@ -30,19 +30,18 @@ class Choice:
     """What `choose` recommends.
 
     Attributes:
-        lowering: `"stock"` (leave the layer to Keras), or a layer's `lowering`: a name, or
-            one name per pass.
+        lowering: `"stock"` (leave the layer to Keras), or a layer's `lowering`.
         reason: why, in one line.
         basis: `"measured"`; `"predicted"`, from compiled code that was not run; or
             `"unknown"`, and then `lowering` is `"stock"`.
     """
 
-    lowering: LoweringLike
+    lowering: str
     reason: str
     basis: Basis
 
     def __str__(self) -> str:
-        return f"{_name(self.lowering)} ({self.basis}: {self.reason})"
+        return f"{self.lowering} ({self.basis}: {self.reason})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class _Row:
     device_kind: str
     compiled: bool
     stock_op: StockOp | None
-    lowering: LoweringLike
+    lowering: str
     basis: Basis
     evidence: str
     least_stride: int = 1
@@ -64,10 +63,6 @@ class _Row:
         is_here = here == there and self.stock_op in (None, stock_op)
         return is_here and max(spec.strides) >= self.least_stride
 
-
-#: `"native"` for each pass, so that the gradients are this package's own: for strides XLA
-#: makes the input gradient of its convolution from a dilated copy.
-_NATIVE_GRADIENTS: LoweringLike = {str(name): "native" for name in PASSES}
 
 #: What JAX compiles for an H100 (scripts/predict_gpu.py).
 _STRIDES_ON_GPU = (
@@ -113,9 +108,9 @@ _TABLE = (
         "1.55 of stock's step with diagonal:32, 1.37 with shifted for MobileNetV1 "
         "(training_torch_cpu.json); Keras runs one op for both kinds of layers",
     ),
-    _Row("tensorflow", "gpu", True, None, _NATIVE_GRADIENTS, "predicted", _STRIDES_ON_GPU, 2),
+    _Row("tensorflow", "gpu", True, None, "native", "predicted", _STRIDES_ON_GPU, 2),
     _Row("tensorflow", "gpu", True, None, STOCK, "predicted", _ON_GPU),
-    _Row("jax", "gpu", True, None, _NATIVE_GRADIENTS, "predicted", _STRIDES_ON_GPU, 2),
+    _Row("jax", "gpu", True, None, "native", "predicted", _STRIDES_ON_GPU, 2),
     _Row("jax", "gpu", True, None, STOCK, "predicted", _ON_GPU),
 )  # fmt: skip
 
@@ -180,10 +175,6 @@ def parse_or_auto(lowering: LoweringLike | LoweringChoice) -> LoweringChoice | s
         ) from error
 
 
-def _name(lowering: LoweringLike) -> str:
-    return lowering if isinstance(lowering, str) else str(parse(lowering))
-
-
 def _where(conditions: Conditions) -> str:
     compiled = {True: "compiled", False: "not compiled", None: "compiled or not"}
     return f"{conditions.backend}, {compiled[conditions.compiled]}, on {conditions.device_kind}"
@@ -218,7 +209,7 @@ def _table_text() -> str:
             "yes" if row.compiled else "no",
             row.stock_op or "any",
             "any" if row.least_stride == 1 else f">= {row.least_stride}",
-            _name(row.lowering),
+            row.lowering,
             row.basis,
             row.evidence,
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -83,3 +84,31 @@ def path_matches(path: str, pattern: str) -> bool:
     parts = path.split("/")
     heads = ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
     return any(head == pattern or fnmatch.fnmatchcase(head, pattern) for head in heads)
+
+
+def select_paths(
+    argument: str, patterns: Iterable[str], paths: Sequence[Sequence[str]], kind: str
+) -> set[str]:
+    """The layers that patterns name, by their first paths.
+
+    Args:
+        argument: name of the argument that holds the patterns.
+        patterns: paths or globs, as `path_matches` takes them.
+        paths: all paths of each layer.
+        kind: what the layers are, for the error.
+
+    Raises:
+        ValueError: if a pattern names no layer; the message has near paths.
+    """
+    selected: set[str] = set()
+    for pattern in patterns:
+        found = {own[0] for own in paths if any(path_matches(path, pattern) for path in own)}
+        if not found:
+            known = [path for own in paths for path in own]
+            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
+            raise ValueError(
+                f"Expected `{argument}` to match a {kind}. Received: '{pattern}', which matches "
+                f"none of {len(paths)}" + (f"; near: {', '.join(near)}" if near else "")
+            )
+        selected |= found
+    return selected

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -30,7 +29,7 @@ from diagconv_tf.lowbit.layers import OperandLayer
 from diagconv_tf.lowbit.operands import Operands
 from diagconv_tf.lowbit.treatment import Candidate, Treated, Treatment
 from diagconv_tf.lowerings import LoweringChoice, LoweringLike, parse, why_not, why_not_sharded
-from diagconv_tf.model_tree import PlacedLayer, check_built, path_matches, walk_layers
+from diagconv_tf.model_tree import PlacedLayer, check_built, select_paths, walk_layers
 from diagconv_tf.plan import Plan
 from diagconv_tf.rules import DEFAULT_RULES, OPERANDS, Rule, find_family
 from diagconv_tf.spec import STOCK
@@ -402,26 +401,14 @@ def _matching(inspection: Inspection, argument: str, selection: Selection) -> se
     if callable(selection):
         return {row.path for row in inspection.rows if selection(row)}
     patterns = [selection] if isinstance(selection, str) else list(selection)
-    matched: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise ValueError(
                 f"Expected `{argument}` to be a layer path, a glob, a list of these, or a "
                 f"function. Received: {pattern!r}"
             )
-        found = {
-            row.path for row in inspection.rows if any(path_matches(p, pattern) for p in row.paths)
-        }
-        if not found:
-            known = [path for row in inspection.rows for path in row.paths]
-            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
-            raise ValueError(
-                f"Expected `{argument}` to match a convolution with groups. Received: "
-                f"'{pattern}', which matches none of {len(inspection.rows)}"
-                + (f"; near: {', '.join(near)}" if near else "")
-            )
-        matched |= found
-    return matched
+    paths = [row.paths for row in inspection.rows]
+    return select_paths(argument, patterns, paths, "convolution with groups")
 
 
 def _check_plan(plan: Plan, model: keras.Model, decisions: Sequence[Decision]) -> tuple[str, ...]:

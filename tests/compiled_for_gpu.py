@@ -15,8 +15,7 @@ from gpu_prediction import process
 
 DUMP = process.prepare()
 
-import bench_variants  # noqa: E402 - they import JAX.
-from gpu_prediction import programs  # noqa: E402
+from gpu_prediction import programs  # noqa: E402 - they import JAX.
 from gpu_prediction.cards import CARDS  # noqa: E402
 from gpu_prediction.compiler import Compiler  # noqa: E402
 from gpu_prediction.machine_code import Tools  # noqa: E402
@@ -29,9 +28,8 @@ from diagconv_tf.spec import PASSES, STOCK  # noqa: E402
 
 
 def default_lowering(spec):
-    """What `choose` picks on a GPU, by its name: A/B/C for one per pass."""
-    lowering = choose(spec, Conditions("jax", "gpu", CARDS["h100"].name, True, ())).lowering
-    return lowering if lowering == STOCK else str(parse(lowering))
+    """What `choose` picks on a GPU."""
+    return choose(spec, Conditions("jax", "gpu", CARDS["h100"].name, True, ())).lowering
 
 
 def find(specs):
@@ -41,7 +39,7 @@ def find(specs):
     for name, spec in specs.items():
         for lowering in dict.fromkeys(("shifted", default_lowering(spec))):
             for pass_name in PASSES:
-                choice = None if lowering == STOCK else bench_variants.read_variant(lowering)
+                choice = None if lowering == STOCK else parse(lowering)
                 program = programs.compile_pass(compiler, spec, choice, pass_name, 1.0)
                 row = PassRow(
                     "h100", name, {}, 64, pass_name, "", "", lowering, 0, spec.least_bytes()

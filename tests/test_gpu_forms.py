@@ -9,6 +9,7 @@ import pytest
 from diagconv_tf import ConvSpec, backends
 from diagconv_tf.lowerings import convolve, gathered_sum, parse, row_block_gradient
 from diagconv_tf.lowerings.row_block_gradient import Blocks
+from diagconv_tf.spec import PASSES
 from tests import cases
 from tests.numerics import (
     BACKEND,
@@ -165,8 +166,9 @@ def test_what_lies_outside_is_not_read():
     ("name", "is_gathered"),
     [("stride 2 same odd", True), ("same", False), ("groups of 3 to 2", False)],
 )
+@pytest.mark.parametrize("lowering", ["native", dict.fromkeys(PASSES, "native")], ids=str)
 def test_native_gathers_the_input_gradient_of_strided_depthwise_layers(
-    name, is_gathered, monkeypatch
+    lowering, name, is_gathered, monkeypatch
 ):
     calls = []
     gather = gathered_sum.input_gradient
@@ -174,7 +176,7 @@ def test_native_gathers_the_input_gradient_of_strided_depthwise_layers(
         gathered_sum, "input_gradient", lambda *args: calls.append(1) or gather(*args)
     )
     spec = cases.NAMED[name]
-    check(spec, dict.fromkeys(("forward", "input_gradient", "kernel_gradient"), "native"))
+    check(spec, lowering)
     assert bool(calls) == is_gathered
 
 

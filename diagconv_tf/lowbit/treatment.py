@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import difflib
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from diagconv_tf.lowbit.operands import (
     check_bits,
     check_limit,
 )
-from diagconv_tf.model_tree import PlacedLayer, path_matches
+from diagconv_tf.model_tree import PlacedLayer, select_paths
 from diagconv_tf.text import as_text
 
 #: The words that stand for the layers at the ends of a graph.
@@ -293,20 +292,8 @@ def _clipping(activations: DoReFaActivations, inputs: graph.Range | None) -> Ite
 
 
 def _matching(argument: str, patterns: Sequence[str], candidates: Sequence[Candidate]) -> set[str]:
-    """Paths of the candidates that patterns name; every pattern must name one."""
-    matched: set[str] = set()
-    for pattern in patterns:
-        found = {c.place.path for c in candidates if any(path_matches(p, pattern) for p in c.paths)}
-        if not found:
-            known = [path for c in candidates for path in c.paths]
-            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
-            raise ValueError(
-                f"Expected `{argument}` to match a dense layer or convolution. Received: "
-                f"'{pattern}', which matches none of {len(candidates)}"
-                + (f"; near: {', '.join(near)}" if near else "")
-            )
-        matched |= found
-    return matched
+    paths = [candidate.paths for candidate in candidates]
+    return select_paths(argument, patterns, paths, "dense layer or convolution")
 
 
 def _table(treated: Treated) -> Table:

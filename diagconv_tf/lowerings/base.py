@@ -31,10 +31,6 @@ class Lowering(abc.ABC):
     Shapes are those of `ConvSpec`.
     """
 
-    #: Whether a layer that uses this lowering for every pass is differentiated
-    #: through the passes below instead of by the framework.
-    has_own_gradients = False
-
     @property
     @abc.abstractmethod
     def name(self) -> str:
@@ -43,6 +39,17 @@ class Lowering(abc.ABC):
     @abc.abstractmethod
     def why_not(self, spec: ConvSpec) -> list[str]:
         """Every reason why it cannot compute `spec`; [] where it can."""
+
+    def has_own_gradients(self, spec: ConvSpec, inputs: Any) -> bool:
+        """Whether a layer with this lowering for every pass is differentiated by the passes below.
+
+        Else the framework differentiates `forward`.
+
+        Args:
+            spec: the workload.
+            inputs: tensor of `spec.input_shape`, which may be traced.
+        """
+        return False
 
     @abc.abstractmethod
     def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:

@@ -131,8 +131,9 @@ def convolve(spec: ConvSpec, choice: LoweringChoice, inputs: Any, kernel: Any) -
     """The convolution of `spec`, computed and differentiated as chosen.
 
     The framework differentiates one lowering for all passes, unless it has
-    gradients of its own. One per pass, `"shifted"` and `"fused"` go through the
-    backend's custom gradients, which have no forward mode.
+    gradients of its own. One per pass, `"shifted"`, `"fused"`, and `"native"` with
+    strides under XLA on GPUs, go through the backend's custom gradients, which
+    have no forward mode.
 
     Args:
         spec: the workload, which `why_not` does not refuse.
@@ -149,13 +150,13 @@ def convolve(spec: ConvSpec, choice: LoweringChoice, inputs: Any, kernel: Any) -
         moved = spec.replace(data_format=layout)
         outputs = convolve(moved, choice, _transpose(inputs, layout), kernel)
         return _transpose(outputs, spec.data_format)
-    if isinstance(choice, UniformChoice) and not choice.lowering.has_own_gradients:
-        forward = functools.partial(choice.lowering.forward, spec)
-        if not choice.lowering.runs_standard_convolutions(spec):
-            return forward(inputs, kernel)
-        shape = functools.partial(_empty_output_shape, spec, inputs)
-        return backend.with_images(forward, shape, inputs, kernel)
-    return backend.differentiable(_Passes(spec, choice), inputs, kernel)
+    if isinstance(choice, PerPassChoice) or choice.lowering.has_own_gradients(spec, inputs):
+        return backend.differentiable(_Passes(spec, choice), inputs, kernel)
+    forward = functools.partial(choice.lowering.forward, spec)
+    if not choice.lowering.runs_standard_convolutions(spec):
+        return forward(inputs, kernel)
+    shape = functools.partial(_empty_output_shape, spec, inputs)
+    return backend.with_images(forward, shape, inputs, kernel)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,8 +45,6 @@ class Fused(Lowering):
 
     interpret: bool = False
 
-    has_own_gradients = True
-
     @property
     def name(self) -> str:
         return "fused, interpreted" if self.interpret else "fused"
@@ -72,6 +70,9 @@ class Fused(Lowering):
                 f"fused needs a kernel of at most {tiling.MOST_TAPS} taps; received {taps}"
             )
         return reasons
+
+    def has_own_gradients(self, spec: ConvSpec, inputs: Any) -> bool:
+        return True
 
     def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
         return _kernels().forward(spec, inputs, kernel, self.interpret)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from diagconv_tf import backends
@@ -25,6 +26,9 @@ class Native(Lowering):
     def why_not(self, spec: ConvSpec) -> list[str]:
         return []
 
+    def has_own_gradients(self, spec: ConvSpec, inputs: Any) -> bool:
+        return _gathers_gradient(spec, inputs, [inputs.shape[axis] for axis in spec.spatial_axes])
+
     def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
         return backends.current().forward(spec, inputs, kernel)
 
@@ -32,10 +36,7 @@ class Native(Lowering):
         self, spec: ConvSpec, output_gradient: Any, kernel: Any, input_shape: tuple
     ) -> Any:
         sizes = [input_shape[axis] for axis in spec.spatial_axes]
-        is_strided = max(spec.strides) > 1
-        if spec.is_depthwise and is_strided and gathered_sum.fits(output_gradient, sizes):
-            # XLA:GPU writes the output gradient to memory with zeros between, and runs a
-            # convolution over that: 3 times the least bytes.
+        if _gathers_gradient(spec, output_gradient, sizes):
             return gathered_sum.input_gradient(spec, output_gradient, kernel, input_shape)
         return backends.current().input_gradient(spec, output_gradient, kernel, input_shape)
 
@@ -44,3 +45,18 @@ class Native(Lowering):
 
     def runs_standard_convolutions(self, spec: ConvSpec) -> bool:
         return not spec.is_depthwise
+
+
+def _gathers_gradient(spec: ConvSpec, tensor: Any, sizes: Sequence[Any]) -> bool:
+    """Whether the input gradient is a sum of gathered outputs, not XLA's.
+
+    XLA:GPU writes the output gradient of a strided depthwise convolution to memory with
+    zeros between, and runs a convolution over that: 3 times the least bytes
+    (scripts/results/predicted_passes.json).
+
+    Args:
+        spec: the workload.
+        tensor: any tensor of the computation.
+        sizes: height and width of the inputs.
+    """
+    return spec.is_depthwise and max(spec.strides) > 1 and gathered_sum.fits(tensor, sizes)

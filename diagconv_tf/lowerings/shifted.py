@@ -29,14 +29,15 @@ from diagconv_tf.spec import ConvSpec
 
 @dataclasses.dataclass(frozen=True)
 class Shifted(Lowering):
-    has_own_gradients = True
-
     @property
     def name(self) -> str:
         return "shifted"
 
     def why_not(self, spec: ConvSpec) -> list[str]:
         return []
+
+    def has_own_gradients(self, spec: ConvSpec, inputs: Any) -> bool:
+        return True
 
     def forward(self, spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
         sizes = geometry.spatial_sizes(spec, inputs)

@@ -46,16 +46,20 @@ def of_this_replica(seed: Any) -> Any:
     the seed that all replicas have. Under a `keras.distribution` one program makes the
     noise of the whole batch, so that all replicas' parts of it differ already.
     """
-    return _BACKEND.of_this_replica(seed)
+    return _BACKEND.of_this_replica(seed) if _NAME == "tensorflow" else seed
 
 
 def outside_graphs() -> contextlib.AbstractContextManager:
     """Inside, values are computed at once, also where TensorFlow is tracing a graph."""
-    return _BACKEND.outside_graphs()
+    return _BACKEND.outside_graphs() if _NAME == "tensorflow" else contextlib.nullcontext()
 
 
 def update(
     variables: Sequence[keras.Variable], function: Callable[[int, Any, Any], Any], seed: Any
 ) -> None:
     """Assigns `function(index, value, seed)` to each variable, the same on all replicas."""
-    _BACKEND.update(variables, function, seed)
+    if _NAME == "tensorflow":
+        _BACKEND.update(variables, function, seed)
+        return
+    for index, variable in enumerate(variables):
+        variable.assign(function(index, variable.value, seed))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,16 +27,3 @@ def _backward(operand: Any, seed: Any, gradient: Any) -> tuple:
 
 
 _identity.defvjp(_forward, _backward)
-
-
-def of_this_replica(seed: Any) -> Any:
-    return seed
-
-
-def outside_graphs() -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext()
-
-
-def update(variables: Sequence[Any], function: Callable[[int, Any, Any], Any], seed: Any) -> None:
-    for index, variable in enumerate(variables):
-        variable.assign(function(index, variable.value, seed))

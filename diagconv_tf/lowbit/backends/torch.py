@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,16 +28,3 @@ class _Identity(torch.autograd.Function):
     def backward(context, gradient):
         (seed,) = context.saved_tensors
         return context.operand(gradient, seed), None, None
-
-
-def of_this_replica(seed: Any) -> Any:
-    return seed
-
-
-def outside_graphs() -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext()
-
-
-def update(variables: Sequence[Any], function: Callable[[int, Any, Any], Any], seed: Any) -> None:
-    for index, variable in enumerate(variables):
-        variable.assign(function(index, variable.value, seed))

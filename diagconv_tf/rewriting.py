@@ -212,9 +212,14 @@ def preview(
 
     Raises:
         ValueError: if `model` is not a built Keras model, or the treatment does not fit
-            it.
+            it; also for a lowering, of which `inspect_model` of the rewritten copy tells.
     """
     check_built(model)
+    if not isinstance(treatment, Treatment):
+        raise ValueError(
+            "Expected a treatment, such as LowBit(1, 2, 6). Received: "
+            f"{treatment!r}; of a lowering, print inspect_model(rewrite(model, lowering), 1)"
+        )
     with class_swap.lock:
         return treatment.decide(model, _candidates(walk_layers(model), rules))
 

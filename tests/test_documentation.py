@@ -1,5 +1,6 @@
-"""What README and docs/ say runs, and their links lead somewhere."""
+"""What README, docs/ and examples/ say runs, and their links lead somewhere."""
 
+import json
 import pathlib
 import re
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
@@ -32,6 +34,18 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     namespace = {"__name__": "page"}
     for block in blocks_of(page):
         exec(compile(block, page, "exec"), namespace)
+
+
+@pytest.mark.slow
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("notebook", [pytest.param(p, id=p.name) for p in NOTEBOOKS])
+def test_the_cells_of_a_notebook_run(notebook, tmp_path, monkeypatch):
+    pytest.importorskip("tf2onnx", reason="needs the extra 'onnx'")
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "notebook"}
+    for number, cell in enumerate(json.loads(notebook.read_text())["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{notebook}, cell {number}", "exec"), namespace)
 
 
 @pytest.mark.backends("tensorflow")

@@ -508,6 +508,14 @@ GRAPHS = {
 
 
 @pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("other", ["shifted", "auto", None])
+def test_only_treatments_have_a_preview(other):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    with pytest.raises(ValueError, match="Expected a treatment"):
+        preview(model, other)
+
+
+@pytest.mark.backends("tensorflow")
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_graph_tells_ends_signs_and_limits(name):
     build, ends, inputs, (path, words) = GRAPHS[name]

@@ -11,7 +11,9 @@ of an epoch only; it overwrites its one file in place, so that a full disk
 destroys it. `model.save_weights` names its groups by the classes of the layers;
 it has no checksum, no metrics and not the generator that dropout draws from on
 PyTorch; and reading it back, Keras converts other dtypes and warns where the
-optimizer is another.
+optimizer is another. `OrbaxCheckpoint` needs Orbax, and with it JAX, on every
+backend, and saves variables only: neither those generators nor the position in
+an epoch.
 """
 
 from __future__ import annotations

@@ -44,8 +44,7 @@ class Distribution:
                 divide the batch.
         """
         processes = processes or Processes()
-        if processes.num_processes == 1:  # Else it was done before they met.
-            divide_cpu(config.cpu_devices)
+        divide_cpu(config.cpu_devices)
         if config.distribution == "none":
             if processes.num_processes > 1:
                 raise ValueError(

@@ -6,124 +6,89 @@ first process is, how many there are and which one it is:
     python -m recipes.train … --distribution=data_parallel \
         --job_addresses=HOST:PORT --num_processes=2 --process_id=0
 
-Without the flags, Keras's own variables are read: `KERAS_DISTRIBUTION_JOB_ADDRESSES`,
+Their defaults are Keras's own variables: `KERAS_DISTRIBUTION_JOB_ADDRESSES`,
 `…_NUM_PROCESSES` and `…_PROCESS_ID`.
+
+JAX watches over the processes: where one has ended without its goodbye, it
+aborts the others (`jax.distributed.initialize`, `heartbeat_timeout_seconds`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import itertools
 import os
-import sys
-import threading
-import traceback
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import keras
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from diagconv_tf.distribution import from_first_process
-from recipes.config import exit_with_line
 from recipes.interruption import Interruption, tell_of_saving
-from recipes.liveness import Liveness
 
-_VARIABLES = "KERAS_DISTRIBUTION_"
-
-#: JAX's own watch over its processes, seconds. `Liveness` is quicker; this is
-#: for a machine that still has its connections, but has stopped.
-_HEARTBEAT_SECONDS = 60
-
-#: Of JAX's own goodbye, to which all come together: see `Processes.leave`.
-_SHUTDOWN_SECONDS = 3600
+_GROUP = ("job_addresses", "num_processes", "process_id")
 
 
-@dataclasses.dataclass(frozen=True)
-class ProcessGroup:
-    """Where the processes of a run meet.
-
-    Attributes:
-        address: `HOST:PORT` of the first process; the port must be free there.
-        num_processes: how many there are, at least 2.
-        process_index: the number of this one, from 0.
-        timeout: seconds in which all of them must have come.
-
-    Raises:
-        ValueError: If a number is out of range, or the address is none.
-    """
-
-    address: str
-    num_processes: int
-    process_index: int
-    timeout: int = 300
-
-    def __post_init__(self) -> None:
-        host, _, port = self.address.rpartition(":")
-        if not host or not port.isdecimal():
-            raise ValueError(
-                "Expected --job_addresses to be HOST:PORT of the first process. "
-                f"Received: {self.address!r}"
-            )
-        if self.num_processes < 2:
-            raise ValueError(
-                f"Expected --num_processes to be at least 2. Received: {self.num_processes}"
-            )
-        if not 0 <= self.process_index < self.num_processes:
-            raise ValueError(
-                f"Expected --process_id from 0 to {self.num_processes - 1}. "
-                f"Received: {self.process_index}"
-            )
-
-    @property
-    def host(self) -> str:
-        """Of the first process."""
-        return self.address.rpartition(":")[0].strip("[]")
-
-
-def define_flags() -> None:
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """The flags of a process. They are no settings: each process has other values."""
+
+    def default(name: str) -> str | None:
+        return os.environ.get(f"KERAS_DISTRIBUTION_{name.upper()}")
+
+    address, number, process = _GROUP
     flags.DEFINE_string(
-        "job_addresses", None, "HOST:PORT of the first of several processes (JAX backend)"
+        address,
+        default(address),
+        "HOST:PORT of the first of several processes (JAX backend)",
+        flag_values=flag_values,
     )
-    flags.DEFINE_integer("num_processes", None, "how many processes train together")
-    flags.DEFINE_integer("process_id", None, "the number of this one, from 0")
     flags.DEFINE_integer(
-        "join_timeout", 300, "seconds to wait for the other processes", lower_bound=1
+        number, default(number), "how many processes train together", flag_values=flag_values
     )
+    flags.DEFINE_integer(
+        process, default(process), "the number of this one, from 0", flag_values=flag_values
+    )
+    flags.DEFINE_integer(
+        "join_timeout",
+        300,
+        "seconds to wait for the other processes",
+        lower_bound=1,
+        flag_values=flag_values,
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout",
+        100,
+        "seconds after which a process that gives no sign of life, or has failed, ends the others",
+        lower_bound=1,
+        flag_values=flag_values,
+    )
+    flags.register_multi_flags_validator(_GROUP, _check_group, flag_values=flag_values)
 
 
-def group_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> ProcessGroup | None:
-    """What flags or variables say; None where they say nothing.
-
-    Raises:
-        ValueError: If they are incomplete or wrong.
-    """
-    names = ("job_addresses", "num_processes", "process_id")
-    values: dict[str, Any] = {}
-    for name in names:
-        value = flag_values[name].value
-        if value is None:
-            value = os.environ.get(f"{_VARIABLES}{name.upper()}")
-        if value is not None:
-            values[name] = value
-    if not values:
-        return None
-    if len(values) < len(names):
-        missing = ", ".join(f"--{name}" for name in names if name not in values)
-        raise ValueError(
-            f"Expected --{', --'.join(names)} together. Received: no {missing}",
+def _check_group(values: dict[str, Any]) -> bool:
+    missing = [f"--{name}" for name in _GROUP if values[name] is None]
+    if len(missing) == len(_GROUP):
+        return True
+    if missing:
+        raise flags.ValidationError(
+            f"Expected --{', --'.join(_GROUP)} together. Received: no {', '.join(missing)}"
         )
-    try:
-        numbers = [int(values[name]) for name in names[1:]]
-    except ValueError as error:
-        raise ValueError(f"Expected --num_processes and --process_id as numbers: {error}") from None
-    # As Keras takes it: of several addresses, the first one counts.
-    address = str(values["job_addresses"]).partition(",")[0]
-    return ProcessGroup(address, *numbers, flag_values["join_timeout"].value)
+    address, number, process = (values[name] for name in _GROUP)
+    host, _, port = _first(address).rpartition(":")
+    if not host or not port.isdecimal():
+        raise flags.ValidationError(f"Expected HOST:PORT of the first process. Received: {address}")
+    if not 0 <= process < number:
+        raise flags.ValidationError(
+            f"Expected a process from 0 to {number - 1}. Received: {process}"
+        )
+    return True
+
+
+def _first(addresses: str) -> str:
+    # As Keras takes them: of several, the first one counts.
+    return addresses.partition(",")[0]
 
 
 class Processes:
@@ -139,50 +104,55 @@ class Processes:
     def __init__(self, process_index: int = 0, num_processes: int = 1) -> None:
         self.process_index = process_index
         self.num_processes = num_processes
-        self._liveness: Liveness | None = None
         # JAX compares the numbers of steps it is asked about with one that it has
         # chosen among those to come: their numbers must not restart with each variant.
         self._steps = itertools.count(1)
 
     @classmethod
-    def join(cls, group: ProcessGroup | None) -> Processes:
-        """Meets the others; before anything is computed.
+    def join(cls, flag_values: flags.FlagValues = flags.FLAGS) -> Processes:
+        """Meets the others, where flags say that there are any; before anything is computed.
+
+        JAX aborts this process if they do not come within `--join_timeout`.
 
         Raises:
             ValueError: If the backend cannot do it.
-            TimeoutError: If this process comes, but others do not answer.
         """
-        if group is None:
+        if flag_values.job_addresses is None:
             return cls()
-        if keras.backend.backend() != "jax":
+        backend = keras.backend.backend()
+        if backend != "jax":
             raise ValueError(
-                "Expected the JAX backend for several processes: KERAS_BACKEND=jax. Received: "
-                f"{keras.backend.backend()}"
+                f"Expected the JAX backend for several processes: KERAS_BACKEND=jax. Received: "
+                f"{backend}"
                 + (
                     ", whose MultiWorkerMirroredStrategy is broken with `fit` in Keras 3.15 "
                     "(keras#20585)"
-                    if keras.backend.backend() == "tensorflow"
+                    if backend == "tensorflow"
                     else ""
                 )
             )
         import jax
 
-        self = cls(group.process_index, group.num_processes)
-        # Not `keras.distribution.initialize`: it passes on no time-outs. And JAX
-        # would end the process with a stack trace: this is earlier.
-        with _Deadline(group):
-            jax.distributed.initialize(
-                group.address,
-                group.num_processes,
-                group.process_index,
-                initialization_timeout=2 * group.timeout,
-                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
-            )
-            self._liveness = Liveness(group.process_index, group.num_processes)
-            port = self._liveness.listen() if self.is_first else 0
-            port = int(self.from_first(str(port)))
-            self._liveness.connect(group.host, port, group.timeout)
+        address = _first(flag_values.job_addresses)
+        self = cls(flag_values.process_id, flag_values.num_processes)
+        # JAX's own message, when it aborts, does not say for whom it has waited.
+        logging.info(
+            "Process %d waits up to %d seconds for all %d to meet at %s",
+            self.process_index,
+            flag_values.join_timeout,
+            self.num_processes,
+            address,
+        )
+        # Not `keras.distribution.initialize`: it passes on no time-outs.
+        jax.distributed.initialize(
+            address,
+            self.num_processes,
+            self.process_index,
+            initialization_timeout=flag_values.join_timeout,
+            heartbeat_timeout_seconds=flag_values.heartbeat_timeout,
+            # One that has failed waits so long for the others, which wait for it.
+            shutdown_timeout_seconds=flag_values.heartbeat_timeout,
+        )
         return self
 
     @property
@@ -190,51 +160,9 @@ class Processes:
         """Whether this one writes the files, and prints."""
         return self.process_index == 0
 
-    def leave(self) -> None:
-        """At the end: waits for all others, and says goodbye."""
-        if self._liveness is None:
-            return
-        import jax
-
-        # The first one may be exporting a large model, for longer than a collective waits.
+    def wait_for_first(self) -> None:
+        """At the end: the first process may be writing for longer than JAX waits at an exit."""
         self.from_first("")
-        self.agree("end", "")
-        self._liveness.close()
-        jax.distributed.shutdown()
-
-    def end_with_line(self, message: str, code: int) -> NoReturn:
-        """Ends this process with `message` on one line of stderr.
-
-        Where the others do not end by themselves, for the same reason, they
-        notice it.
-        """
-        if self._liveness is None:
-            exit_with_line(message, code)
-        self._liveness.stop()
-        try:
-            exit_with_line(message, code)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            # At a regular end JAX waits for processes that may have ended, and aborts.
-            os._exit(code)
-
-    @contextlib.contextmanager
-    def ending_together(self) -> Iterator[None]:
-        """Whatever ends this process inside, the others notice it.
-
-        Else JAX would wait at the end of this process for the others, and these
-        for it.
-        """
-        try:
-            yield
-        except SystemExit:
-            raise  # After a goodbye.
-        except BaseException as error:
-            if self._liveness is None:
-                raise
-            traceback.print_exc()
-            self.end_with_line("".join(traceback.format_exception_only(error)), code=1)
 
     def from_first(self, text: str) -> str:
         """What the first process gave as `text`, in all of them.
@@ -248,6 +176,8 @@ class Processes:
 
     def agree(self, what: str, value: str) -> None:
         """Makes sure that all processes have the same; waits for all of them.
+
+        Not `multihost_utils.assert_equal`, which says neither what nor whose it is.
 
         Args:
             what: names it.
@@ -299,33 +229,3 @@ class _SharedInterruption(Interruption):
             self.signal_name = "SIGTERM"
             tell_of_saving(self.signal_name)
         return self.signal_name is not None
-
-
-class _Deadline:
-    """Ends the process in one line, if it is not left in time.
-
-    For JAX's own calls, which cannot be interrupted.
-    """
-
-    def __init__(self, group: ProcessGroup) -> None:
-        self._group = group
-        self._timer = threading.Timer(group.timeout, self._end)
-        self._timer.daemon = True
-
-    def __enter__(self) -> None:
-        self._timer.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-
-    def _end(self) -> None:
-        group = self._group
-        who = (
-            f"the {group.num_processes - 1} other processes to connect to this one, "
-            f"at {group.address}"
-            if group.process_index == 0
-            else f"all {group.num_processes} processes to meet at {group.address}"
-        )
-        line = f"error: Expected {who}. Received: not all of them in {group.timeout} seconds\n"
-        os.write(sys.stderr.fileno(), line.encode())
-        os._exit(1)

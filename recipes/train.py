@@ -41,7 +41,7 @@ from recipes.config import (
     load_config,
     parse_flags,
 )
-from recipes.distributing import Distribution, divide_cpu, synchronize_batch_norms
+from recipes.distributing import Distribution, synchronize_batch_norms
 from recipes.finetuning import load_start
 from recipes.fitting import fit_from
 from recipes.input_wait import seconds_without_input
@@ -403,24 +403,17 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     try:
         config = config_from_flags(load_config(CONFIG.value))
-        group = processes.group_from_flags()
+        others = processes.Processes.join()
     except ValueError as error:
         exit_with_line(str(error), code=2)
     try:
-        if group is not None:
-            divide_cpu(config.cpu_devices)
-        others = processes.Processes.join(group)
-    except (ValueError, OSError) as error:
+        report = run_recipe(config, others, verbose=1)
+    except (RecipeError, NonFiniteLossError) as error:
         exit_with_line(str(error), code=1)
-    with others.ending_together():
-        try:
-            report = run_recipe(config, others, verbose=1)
-        except (RecipeError, NonFiniteLossError) as error:
-            others.end_with_line(str(error), code=1)
-        except TrainingInterrupted as interruption:
-            others.leave()
-            exit_with_line(str(interruption), code=EXIT_INTERRUPTED)
-        others.leave()
+    except TrainingInterrupted as interruption:
+        others.wait_for_first()
+        exit_with_line(str(interruption), code=EXIT_INTERRUPTED)
+    others.wait_for_first()
     if others.is_first:
         report.print()
         print(f"Results: {report.folder}")

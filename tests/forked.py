@@ -6,6 +6,7 @@ known, no thread runs, no flag of XLA is read. So each copy chooses its devices 
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ import pathlib
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -77,6 +79,19 @@ def start(module, *arguments, cwd=ROOT, **environment):
         "folder": str(folder),
     }
     return Process(_ask(command), folder)
+
+
+@contextlib.contextmanager
+def reserved_address():
+    """`HOST:PORT` where JAX's coordinator can listen, and nobody else meanwhile."""
+    # Of JAX's kind, on all addresses. Both sockets allow the other, but this one never listens.
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.socket(family) as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        reserved.bind(("", 0))
+        yield f"127.0.0.1:{reserved.getsockname()[1]}"
 
 
 @functools.cache

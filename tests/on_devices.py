@@ -44,22 +44,21 @@ VARIANTS = {
 def network(jit_compile="auto"):
     keras.utils.set_random_seed(0)
     layers = keras.layers
-    inputs = keras.Input((8, 8, 3))
-    x = layers.Conv2D(8, 1)(inputs)
-    x = layers.DepthwiseConv2D(3, padding="same", name="depthwise")(x)
+    inputs = keras.Input((8, 8, 8))
+    x = layers.DepthwiseConv2D(3, padding="same", name="depthwise")(inputs)
     x = layers.SeparableConv2D(8, 3, depth_multiplier=2, padding="same", name="separable")(x)
     x = layers.ReLU()(x)
     if BACKEND == "jax":  # TensorFlow compiles those of float64 with XLA, which takes long.
         x = layers.Conv2D(8, 3, strides=2, groups=4, padding="same", name="grouped")(x)
     model = keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(x)))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(0.01), loss, jit_compile=jit_compile)
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss, jit_compile=jit_compile)
     return model
 
 
 def batches():
     rng = np.random.default_rng(0)
-    return rng.normal(size=(4 * BATCH, 8, 8, 3)), rng.integers(0, 3, 4 * BATCH)
+    return rng.normal(size=(4 * BATCH, 8, 8, 8)), rng.integers(0, 3, 4 * BATCH)
 
 
 def losses(model):
@@ -69,6 +68,12 @@ def losses(model):
     # `fit` and not `train_on_batch`, which on TensorFlow gives every replica the whole batch.
     model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[record])
     return [float(each["loss"]) for each in losses]
+
+
+def on_one_device():
+    """Losses at first, and when it goes on with the same batches."""
+    model = network()
+    return [losses(model), losses(model)]
 
 
 def all_variables(model):
@@ -103,8 +108,9 @@ def variants(scope, found, *names):
             found[name] = losses(rewritten)
         found[f"{name} kinds"] = kinds(rewritten)
     apart = copy_model(start, distributed=False)
-    found["undistributed"] = losses(apart)
     found["undistributed kinds"] = sorted(set(kinds(apart)))
+    values = [[np.asarray(v) for v in all_variables(each)] for each in (apart, start)]
+    found["undistributed values"] = all(map(np.array_equal, *values))
 
 
 def tuned(scope, found):
@@ -195,7 +201,7 @@ def on_tensorflow():
     virtual = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(cpu, virtual)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    found = {"one device": losses(network()), "data": {}, "tune": {}, "export": {}}
+    found = {"one device": on_one_device(), "data": {}, "tune": {}, "export": {}}
     variants(strategy.scope, found["data"], *VARIANTS)
     tuned(strategy.scope, found["tune"])
     exported(strategy.scope, found["export"])
@@ -213,7 +219,7 @@ def on_jax():
     data = distribution.DataParallel(devices=["cpu:0", "cpu:1"])
     channels = model_parallel((1, 2))
     both = model_parallel((2, 2))
-    found = {"one device": losses(network()), "data": {}, "channels": {}, "tune": {}, "export": {}}
+    found = {"one device": on_one_device(), "data": {}, "channels": {}, "tune": {}, "export": {}}
     ways = ("shifted copy", "per pass, in place", "diagonal, in place inside")
     variants(data.scope, found["data"], *ways)
     variants(channels.scope, found["channels"], "shifted copy", "diagonal, in place inside")

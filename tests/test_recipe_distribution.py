@@ -3,12 +3,9 @@
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import signal
-import socket
-import threading
 import time
 import zipfile
 
@@ -19,14 +16,16 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from diagconv_tf import Plan
 from diagconv_tf.distribution import Replicas
 from recipes import data, models, processes, train
 from recipes.config import Config
 from recipes.data.image_data import ImageData
 from recipes.data.sources import PixelExamples
 from recipes.distributing import Distribution
-from recipes.liveness import Liveness
-from recipes.processes import Processes, ProcessGroup
+from recipes.interruption import TrainingInterrupted
+from recipes.processes import Processes
+from recipes.train import RecipeError
 from tests import forked, tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -123,8 +122,8 @@ def command(folder, *arguments):
     ]
 
 
-def start(arguments, folder=ROOT):
-    return forked.start("recipes.train", *arguments, cwd=folder)
+def start(arguments):
+    return forked.start("recipes.train", *arguments)
 
 
 def losses(folder):
@@ -138,34 +137,63 @@ def losses(folder):
 
 
 @pytest.fixture
+def quick_xla(monkeypatch):
+    """Started processes compile quickly: nothing that they compute takes long."""
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+
+
+@pytest.fixture
 def tiny(monkeypatch):
     """The tiny network in place of MobileNetV1; afterwards no longer."""
     monkeypatch.setattr(models, "mobilenet_v1", models.mobilenet_v1)
 
 
-@pytest.mark.slow
+FIRST_STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    """A run on one device: its losses, and its report."""
+    folder = tmp_path_factory.mktemp("runs")
+    # Of which others see the beginning, but for the processes of JAX.
+    steps = None if BACKEND == "jax" else FIRST_STEPS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "mobilenet_v1", models.mobilenet_v1)
+        changes = {"name": "one", "epochs": 16, "max_steps": steps}
+        report = train.run_recipe(settings(folder, **changes), verbose=0)
+    return losses(folder / "one"), report
+
+
+def compared_with_one_device(test):
+    """Marks tests with `one_device`: in one worker, so that it is run once."""
+    return pytest.mark.slow(pytest.mark.xdist_group("one device")(test))
+
+
+@compared_with_one_device
 @pytest.mark.backends("tensorflow", "jax")
-def test_two_devices_train_as_one(tiny, tmp_path):
+def test_two_devices_train_as_one(one_device, tmp_path, quick_xla):
     """With batch norms, whose statistics are those of the whole batch."""
+    expected, one = one_device
     # Of one variant: what stock layers do on two devices is Keras's own.
-    running = start(command(tmp_path, "--epochs=2", "--name=two", "--cpu_devices=2"))
-    one = train.run_recipe(settings(tmp_path, name="one"), verbose=0)
-    codes, outputs = finish([running])
-    assert codes == [0], outputs
-    expected, found = losses(tmp_path / "one"), losses(tmp_path / "two")
+    line = command(tmp_path, "--epochs=16", f"--max_steps={FIRST_STEPS}", "--cpu_devices=2")
+    (code,), (output,) = finish([start(line)])
+    assert code == 0, output
+    found = losses(tmp_path / "tiny")
     assert set(expected) == set(found) == {"shifted"}
-    assert len(expected["shifted"]) == 10
-    np.testing.assert_allclose(found["shifted"], expected["shifted"], rtol=1e-4)
-    report = json.loads((tmp_path / "two" / "report.json").read_text())
-    assert report["restored_accuracy"] == pytest.approx(one.restored_accuracy, abs=2 / 360)
+    assert len(found["shifted"]) == FIRST_STEPS
+    np.testing.assert_allclose(found["shifted"], expected["shifted"][:FIRST_STEPS], rtol=1e-4)
+    report = json.loads((tmp_path / "tiny" / "report.json").read_text())
+    if len(expected["shifted"]) == FIRST_STEPS:
+        assert report["restored_accuracy"] == pytest.approx(one.restored_accuracy, abs=2 / 360)
     assert report["restored_accuracy"] == report["variants"][-1]["test_accuracy"]
     devices = report["environment"]["devices"]
-    with zipfile.ZipFile(tmp_path / "two" / "model.keras") as file:
+    with zipfile.ZipFile(tmp_path / "tiny" / "model.keras") as file:
         # Or it could be loaded on TensorFlow only.
         assert b'"synchronized": true' not in file.read("config.json")
     if BACKEND == "tensorflow":
         assert devices.startswith("2 devices (MirroredStrategy), without XLA")
-        assert (tmp_path / "two" / "saved_model").is_dir()
+        assert (tmp_path / "tiny" / "saved_model").is_dir()
     else:
         assert devices == "2 devices (DataParallel)"
     # As fast as the images of all devices together.
@@ -238,127 +266,59 @@ def test_processes_need_a_distribution():
 
 # --- Several processes ---------------------------------------------------------
 
-GROUPS = {
-    "no port": (("host", 2, 0), "HOST:PORT of the first process. Received: 'host'"),
-    "one process": (("host:1", 1, 0), "--num_processes to be at least 2. Received: 1"),
-    "no such process": (("host:1", 2, 2), "--process_id from 0 to 1. Received: 2"),
+LINE = ("--job_addresses=c:3", "--num_processes=4", "--process_id=1")
+WRONG_GROUPS = {
+    "no process": (LINE[:2], "together. Received: no --process_id"),
+    "no address": (LINE[1:], "together. Received: no --job_addresses"),
+    "no port": (("--job_addresses=c", *LINE[1:]), "HOST:PORT of the first process. Received: c"),
+    "no such process": ((*LINE[:2], "--process_id=4"), "a process from 0 to 3. Received: 4"),
 }
 
 
-@one_backend
-@pytest.mark.parametrize(("values", "message"), GROUPS.values(), ids=GROUPS)
-def test_wrong_groups_are_refused(values, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        ProcessGroup(*values)
-
-
-def parsed(arguments):
+def parsed(*arguments):
     flag_values = flags.FlagValues()
-    for name in ("job_addresses", "num_processes", "process_id", "join_timeout"):
-        flag_values[name] = flags.FLAGS[name]
-    return processes.group_from_flags(flag_values) if flag_values(["train", *arguments]) else None
-
-
-@pytest.fixture
-def no_group(monkeypatch):
-    for name in ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID"):
-        monkeypatch.delenv(f"KERAS_DISTRIBUTION_{name}", raising=False)
-    yield monkeypatch
-    for name in ("job_addresses", "num_processes", "process_id"):
-        flags.FLAGS[name].value = None
-    flags.FLAGS["join_timeout"].value = 300
+    processes.define_flags(flag_values)
+    flag_values(["train", *arguments])
+    return flag_values
 
 
 @one_backend
-def test_groups_from_flags_and_variables(no_group):
-    assert parsed([]) is None
-    no_group.setenv("KERAS_DISTRIBUTION_JOB_ADDRESSES", "a:1,b:2")
-    no_group.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "2")
-    with pytest.raises(ValueError, match="together. Received: no --process_id"):
-        parsed([])
-    assert parsed(["--process_id=1"]) == ProcessGroup("a:1", 2, 1)
-    line = ["--job_addresses=c:3", "--num_processes=4", "--process_id=0", "--join_timeout=9"]
-    assert parsed(line) == ProcessGroup("c:3", 4, 0, 9)
-    no_group.setenv("KERAS_DISTRIBUTION_PROCESS_ID", "first")
-    flags.FLAGS["process_id"].value = None
-    with pytest.raises(ValueError, match="as numbers"):
-        parsed([])
+@pytest.mark.parametrize(("arguments", "message"), WRONG_GROUPS.values(), ids=WRONG_GROUPS)
+def test_wrong_groups_are_refused(arguments, message):
+    with pytest.raises(flags.Error, match=re.escape(message)):
+        parsed(*arguments)
+
+
+@one_backend
+def test_alone_there_is_nothing_to_join():
+    alone = Processes.join(parsed())
+    assert (alone.process_index, alone.num_processes, alone.is_first) == (0, 1, True)
+
+
+@pytest.mark.backends("jax")
+def test_groups_from_flags_and_variables(monkeypatch):
+    """What JAX is told. A flag counts more than a variable; of addresses the first counts."""
+    import jax
+
+    told = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: told.append((a, k)))
+    for name, value in (("JOB_ADDRESSES", "a:1,b:2"), ("NUM_PROCESSES", 2), ("PROCESS_ID", 0)):
+        monkeypatch.setenv(f"KERAS_DISTRIBUTION_{name}", str(value))
+    joined = Processes.join(parsed("--process_id=1", "--join_timeout=9"))
+    assert (joined.process_index, joined.num_processes, joined.is_first) == (1, 2, False)
+    Processes.join(parsed(*LINE, "--heartbeat_timeout=7"))
+    waits = ("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds")
+    assert told == [
+        (("a:1", 2, 1), dict(zip(waits, (9, 100, 100), strict=True))),
+        (("c:3", 4, 1), dict(zip(waits, (300, 7, 7), strict=True))),
+    ]
 
 
 @pytest.mark.backends("tensorflow", "torch")
 def test_other_backends_say_how_several_machines_work():
     expected = "KERAS_BACKEND=jax" + (".*keras#20585" if BACKEND == "tensorflow" else "")
     with pytest.raises(ValueError, match=expected):
-        Processes.join(ProcessGroup("host:1", 2, 0))
-
-
-@contextlib.contextmanager
-def connected(count):
-    """Liveness of `count` processes, all in this one; and who noticed whose end."""
-    noticed = {number: [] for number in range(count)}
-    everyone = [
-        Liveness(number, count, lambda lost, of, own=noticed[number]: own.append((lost, of)))
-        for number in range(count)
-    ]
-    port = everyone[0].listen()
-    threads = [
-        threading.Thread(target=other.connect, args=("127.0.0.1", port, 10.0)) for other in everyone
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    yield everyone, noticed
-    for other in everyone:
-        other.close()
-
-
-def eventually(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    assert condition()
-
-
-def break_off(liveness):
-    for peer in liveness._peers.values():
-        peer.shutdown(socket.SHUT_RDWR)
-
-
-@one_backend
-@pytest.mark.parametrize("lost", [0, 1, 2])
-def test_all_notice_the_end_of_one(lost):
-    with connected(3) as (everyone, noticed):
-        everyone[lost].stop()  # A process that has ended tells nobody of anybody.
-        break_off(everyone[lost])
-        others = [number for number in range(3) if number != lost]
-        eventually(lambda: all(noticed[number] == [(lost, 3)] for number in others))
-
-
-@one_backend
-def test_goodbye_is_no_end():
-    with connected(3) as (everyone, noticed):
-        for other in everyone:
-            other.close()
-        for other in everyone:
-            break_off(other)
-        time.sleep(0.2)
-        assert not any(noticed.values())
-
-
-@one_backend
-def test_who_does_not_come_is_waited_for_in_vain():
-    first = Liveness(0, 2)
-    first.listen()
-    with pytest.raises(OSError, match="timed out"):
-        first.connect("127.0.0.1", 0, 0.1)
-
-
-@one_backend
-def test_whoever_cannot_connect_names_the_port():
-    host, port = free_address().split(":")
-    with pytest.raises(OSError, match=f"process 0 to be reached at {host}:{port} as well"):
-        Liveness(1, 2).connect(host, int(port), 1.0)
+        Processes.join(parsed(*LINE))
 
 
 @pytest.mark.backends("jax")
@@ -377,81 +337,51 @@ def test_steps_are_counted_through_all_variants(monkeypatch):
     assert found == [False, True]
 
 
-@one_backend
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk full")], ids=repr)
-def test_whatever_ends_a_process_is_noticed_by_the_others(error, monkeypatch, capsys):
-    def ended(code):
-        raise EndedError(code)
-
-    monkeypatch.setattr(os, "_exit", ended)
-    together = Processes(0, 2)
-    with connected(2) as (everyone, _):
-        together._liveness = everyone[0]
-        with pytest.raises(EndedError, match="1"), together.ending_together():
-            raise error
-    written = capsys.readouterr().err
-    assert "Traceback" in written
-    assert last_line(written).startswith(f"error: {type(error).__name__}")
-    with pytest.raises(type(error)), Processes().ending_together():
-        raise error
-
-
-class EndedError(Exception):
-    pass
+INTERRUPTED = TrainingInterrupted("SIGTERM", 5, None)
 
 
 @one_backend
-def test_main_lets_nothing_pass_by(monkeypatch):
-    """Errors of all kinds come to `ending_together`."""
-    seen = []
+@pytest.mark.parametrize(
+    ("end", "waits"),
+    [(None, True), (INTERRUPTED, True), (RecipeError("of this one"), False)],
+    ids=["finished", "interrupted", "failed"],
+)
+def test_who_ends_in_order_waits_for_the_first(end, waits, monkeypatch):
+    """It may be writing for longer than JAX waits at an exit; an error is told at once."""
+    asked = []
+    others = Processes(1, 2)
+    monkeypatch.setattr(Processes, "from_first", lambda self, text: asked.append(text))
+    monkeypatch.setattr(Processes, "join", lambda: others)
 
-    @contextlib.contextmanager
-    def ending_together(self):
-        try:
-            yield
-        except BaseException as error:
-            seen.append(error)
-            raise
+    def run(*_, **__):
+        if end is not None:
+            raise end
 
-    def fail(*_, **__):
-        raise RuntimeError("in one process")
-
-    monkeypatch.setattr(Processes, "ending_together", ending_together)
-    monkeypatch.setattr(train, "run_recipe", fail)
-    with flagsaver.flagsaver(), pytest.raises(RuntimeError):
+    monkeypatch.setattr(train, "run_recipe", run)
+    with flagsaver.flagsaver(), contextlib.ExitStack() as stack:
+        if end is not None:
+            stack.enter_context(pytest.raises(SystemExit))
         train.main(train.parse_flags(["train"]))
-    assert [str(error) for error in seen] == ["in one process"]
+    assert len(asked) == waits
 
 
-def free_address():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{found.getsockname()[1]}"
-
-
-def start_group(folder, *arguments, machines=(ROOT, ROOT)):
-    address = free_address()
-    return [
-        start(
-            command(
-                folder,
-                f"--job_addresses={address}",
-                "--num_processes=2",
-                f"--process_id={number}",
-                *arguments,
-            ),
-            machines[number],
-        )
-        for number in (0, 1)
-    ]
+@contextlib.contextmanager
+def group_of_two(*arguments, own=((), ())):
+    """Two processes with `arguments`, and each with its `own`; none is left afterwards."""
+    with forked.reserved_address() as address:
+        place = f"--job_addresses={address}", "--num_processes=2"
+        group = [
+            start([*arguments, *own[number], *place, f"--process_id={number}"]) for number in (0, 1)
+        ]
+        try:
+            yield group
+        finally:
+            for running in group:
+                running.kill()
 
 
 def finish(group, timeout=240):
-    try:
-        outputs = ["".join(running.communicate(timeout)) for running in group]
-    finally:
-        for running in group:
-            running.kill()
+    outputs = ["".join(running.communicate(timeout)) for running in group]
     return [running.returncode for running in group], outputs
 
 
@@ -465,53 +395,79 @@ def wait_for(condition, group, seconds=180):
 
 
 def last_line(output):
-    return re.findall("error: .*", output)[-1]
+    return re.findall("^error: .*", output, re.MULTILINE)[-1]
 
 
-@pytest.mark.slow
+@compared_with_one_device
 @pytest.mark.backends("jax")
-def test_processes_that_are_ended_go_on_and_train_as_one(tiny, tmp_path):
-    """Terminated, killed, and to the end: the losses of one device."""
-    whole = train.run_recipe(
-        settings(tmp_path, name="one", epochs=16, compare=("stock", "shifted")), verbose=0
-    )
-    checkpoints = tmp_path / "tiny" / "checkpoints" / "shifted"
-
-    def saved():
-        return {path.name for path in checkpoints.glob("step-*.npz")}
-
-    both = ("--epochs=16", "--compare=stock,shifted")
-    group = start_group(tmp_path, *both)
-    # Between the variants, or in the first steps of the second one.
-    wait_for((tmp_path / "tiny" / "results" / "stock.json").exists, group)
-    group[1].send_signal(signal.SIGTERM)
-    codes, outputs = finish(group)
+def test_processes_end_together_go_on_and_train_as_one(one_device, tmp_path, quick_xla):
+    """Terminated, and then to the end: the losses of one device."""
+    line = command(tmp_path, "--epochs=16", "--resume")
+    folder = tmp_path / "tiny"
+    with group_of_two(*line) as group:
+        wait_for(lambda: any(folder.glob("checkpoints/shifted/step-*.npz")), group)
+        group[1].send_signal(signal.SIGTERM)
+        codes, outputs = finish(group)
     assert codes == [75, 75], outputs
     lines = [last_line(output) for output in outputs]
     steps = [re.search(r"Interrupted by SIGTERM after step (\d+)\.", line)[1] for line in lines]
     assert steps[0] == steps[1]
 
-    group = start_group(tmp_path, *both, "--resume")
-    before = saved()
-    wait_for(lambda: saved() - before, group)
-    group[1].kill()
-    ended = time.monotonic()
-    codes, outputs = finish(group)
-    assert time.monotonic() - ended < 20
-    assert codes == [75, -signal.SIGKILL]
-    assert "process 1 of 0 to 1 has ended, and the others with it" in last_line(outputs[0])
-    assert "--resume" in last_line(outputs[0])
-
-    codes, outputs = finish(start_group(tmp_path, *both, "--resume"))
+    with group_of_two(*line) as group:
+        codes, outputs = finish(group)
     assert codes == [0, 0], outputs
-    expected, found = losses(tmp_path / "one"), losses(tmp_path / "tiny")
-    np.testing.assert_allclose(found["shifted"], expected["shifted"], rtol=1e-3)
-    report = json.loads((tmp_path / "tiny" / "report.json").read_text())
+    expected, one = one_device
+    np.testing.assert_allclose(losses(folder)["shifted"], expected["shifted"], rtol=1e-3)
+    report = json.loads((folder / "report.json").read_text())
     assert report["environment"]["devices"] == "2 devices of 2 processes (DataParallel)"
-    assert report["restored_accuracy"] == pytest.approx(whole.restored_accuracy, abs=2 / 360)
+    assert report["restored_accuracy"] == pytest.approx(one.restored_accuracy, abs=2 / 360)
     # One of them writes and prints.
     assert "Results:" in outputs[0]
     assert "Results:" not in outputs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.backends("jax")
+def test_a_process_that_is_killed_ends_the_other(tmp_path):
+    with group_of_two(*command(tmp_path, "--heartbeat_timeout=2")) as group:
+        wait_for((tmp_path / "tiny" / "config.json").exists, group)
+        group[1].kill()
+        codes, outputs = finish(group, timeout=60)  # JAX would wait 100 seconds if not told.
+    assert codes == [-signal.SIGABRT, -signal.SIGKILL], outputs
+
+
+@pytest.mark.slow
+@pytest.mark.backends("jax")
+def test_an_error_of_one_process_ends_both(tmp_path):
+    """Its line comes first; the other one waits for what never comes."""
+    no_folder = tmp_path / "file"
+    no_folder.touch()
+    with group_of_two(*command(no_folder, "--heartbeat_timeout=2")) as group:
+        codes, outputs = finish(group, timeout=60)
+    assert codes == [-signal.SIGABRT] * 2, outputs
+    assert "Expected `output_dir` to be a folder" in last_line(outputs[0])
+    assert "output_dir" not in outputs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.backends("jax")
+def test_processes_that_disagree_end_in_one_line(tmp_path):
+    with group_of_two(*command(tmp_path), own=((), ("--seed=1",))) as group:
+        codes, outputs = finish(group)
+    assert codes == [1, 1], outputs
+    for output in outputs:
+        assert "Expected the same settings in all processes. " in last_line(output)
+        assert "in process 1" in last_line(output)
+
+
+@pytest.mark.slow
+@pytest.mark.backends("jax")
+def test_a_process_that_never_comes(tmp_path):
+    with forked.reserved_address() as address:
+        group = f"--job_addresses={address}", "--num_processes=2", "--process_id=0"
+        codes, (output,) = finish([start(command(tmp_path, *group, "--join_timeout=1"))], 60)
+    assert codes == [-signal.SIGABRT]
+    assert f"waits up to 1 seconds for all 2 to meet at {address}" in output
 
 
 class StoppedError(Exception):
@@ -527,7 +483,7 @@ def agreed(config, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr(Processes, "agree", lambda self, *pair: found.update([pair]))
-        patch.setattr(train, "train_variant", stop)
+        patch.setattr(train, "fit_from", stop)
         train.run_recipe(config, verbose=0)
     return found
 
@@ -576,43 +532,16 @@ def test_processes_with_other_start_weights_are_refused(tiny, tmp_path, monkeypa
     assert weights() != expected
 
 
-@pytest.mark.slow
-@pytest.mark.backends("jax")
-def test_a_process_that_never_comes(tmp_path):
-    address = free_address()
-    alone = [
-        start(
-            command(
-                tmp_path,
-                f"--job_addresses={address}",
-                "--num_processes=2",
-                f"--process_id={number}",
-                "--join_timeout=2",
-            )
-        )
-        for number, address in enumerate((address, free_address()))
-    ]
-    codes, outputs = finish(alone)
-    assert codes == [1, 1]
-    assert f"other processes to connect to this one, at {address}" in last_line(outputs[0])
-    assert "to meet at 127.0.0.1:" in last_line(outputs[1])
-    assert all("not all of them in 2 seconds" in last_line(output) for output in outputs)
+@one_backend
+def test_processes_with_different_plans_are_refused(tiny, tmp_path, monkeypatch):
+    """The same words, but on each machine another file."""
+    path = tmp_path / "plan.json"
 
-
-@pytest.mark.slow
-@pytest.mark.backends("jax")
-def test_processes_with_different_plans_are_refused(tmp_path):
-    from diagconv_tf import Plan
-
-    # The same words, but on each machine another file.
-    machines = tmp_path / "a", tmp_path / "b"
-    for folder, lowering in zip(machines, ("native", "shifted"), strict=True):
-        folder.mkdir()
+    def lowerings(lowering):
         plan = Plan.of_model(tiny_config.network((32, 32, 3), 10))
-        (path,) = plan.overrides
-        dataclasses.replace(plan, overrides={path: lowering}).save(folder / "plan.json")
-    group = start_group(tmp_path / "runs", "--compare=plan.json", machines=machines)
-    codes, outputs = finish(group)
-    assert codes == [1, 1], outputs
-    for output in outputs:
-        assert "Expected the same lowering or plan in all processes" in last_line(output)
+        (layer,) = plan.overrides
+        dataclasses.replace(plan, overrides={layer: lowering}).save(path, overwrite=True)
+        config = settings(tmp_path, name="a", compare=(str(path),))
+        return agreed(config, monkeypatch)["lowering or plan"]
+
+    assert lowerings("native") == lowerings("native") != lowerings("shifted")

@@ -158,7 +158,7 @@ class Config:
         choices=("float32", "float64", "mixed_bfloat16", "mixed_float16"),
     )
     jit_compile: str = _setting(
-        "auto", "compile with XLA; 'auto' is Keras's choice", choices=("auto", "on", "off")
+        "auto", "compile with XLA; 'auto' is Keras's choice", choices=("auto", "true", "false")
     )
     distribution: str = _setting(
         "none",
@@ -180,6 +180,13 @@ class Config:
     overwrite: bool = _setting(False, "replace results of the same name")
     resume: bool = _setting(False, "go on with the run of the same name where there is one")
     checkpoint_epochs: int = _setting(1, "save a checkpoint every so many epochs", least=1)
+    log_every: int = _setting(
+        50,
+        "steps between two lines of metrics.jsonl, which have the mean loss of these steps, and "
+        "between two looks for a loss that is NaN; in between nothing waits for the device. Each "
+        "of the first 20 steps has a line",
+        least=1,
+    )
     profile: bool = _setting(False, "trace 20 steps of each variant, for TensorBoard or Perfetto")
 
     def __new__(cls, **values: Any) -> Config:

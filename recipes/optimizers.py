@@ -31,7 +31,7 @@ def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> N
         # Keras finds out which accuracy fits the loss; the name is the same. Weights
         # come where several devices share a batch: see `data.evaluation_dataset`.
         weighted_metrics=["accuracy"],
-        jit_compile={"auto": "auto", "on": True, "off": False}[config.jit_compile],
+        jit_compile={"auto": "auto", "true": True, "false": False}[config.jit_compile],
     )
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,8 +53,8 @@ from recipes.interruption import (
 )
 from recipes.optimizers import average_momentum, compile_model
 from recipes.profiling import Profile
-from recipes.recording import MetricsLog, StopAfter, TensorBoardLog
-from recipes.report import RunReport, environment
+from recipes.recording import MetricsLog, TensorBoardLog, thinned, thinned_losses
+from recipes.report import EARLY_STEPS, RunReport, environment
 from recipes.results import VariantResult
 from recipes.run_folder import (
     Progress,
@@ -89,7 +90,8 @@ def run_recipe(
         config: The experiment.
         others: The processes that train together, of which the first one
             writes the files; None means this one alone.
-        verbose: Of `model.fit`: 1 shows progress bars, 0 nothing.
+        verbose: Of `model.fit`: 1 shows progress bars, 2 a line for each epoch,
+            0 nothing.
 
     Returns:
         What was measured, and the folder of the results.
@@ -253,10 +255,7 @@ def train_variant(
         # The timer comes first, so that it does not time the others.
         timer = StepTimer()
         log = MetricsLog(variant.name, file, progress, start.record if start else {})
-        callbacks = [timer, log]
-        if config.max_steps is not None:
-            callbacks.append(StopAfter(steps - steps_done))
-        callbacks += optional_callbacks(config, variant, folder, timer, is_first)
+        callbacks = [timer, log, *optional_callbacks(config, variant, folder, timer, is_first)]
         fit_from(
             model,
             start,
@@ -269,14 +268,19 @@ def train_variant(
             save_every=config.checkpoint_epochs,
             record=log.state,
             interruption=interruption,
+            log_every=config.log_every,
+            log_first=EARLY_STEPS,
+            max_steps=None if config.max_steps is None else steps,
             verbose=verbose,
         )
+    losses = thinned_losses(log.losses, keep=EARLY_STEPS)
     result = VariantResult(
         name=variant.name,
-        losses=tuple(log.losses),
+        losses=tuple(losses.values()),
+        loss_steps=tuple(losses),
         test_accuracies=tuple(log.test_accuracies),
         steps=timer.summary(),
-        step_seconds=timer.timings.samples,
+        step_seconds=thinned(timer.timings.samples),
         without_input_seconds=seconds_without_input(
             model, next(iter(training_data(config, images, distribution, 0)))
         ),
@@ -419,7 +423,8 @@ def main(argv: list[str]) -> None:
         exit_with_line(str(error), code=1)
     with others.ending_together():
         try:
-            report = run_recipe(config, others, verbose=1)
+            # Progress bars are for terminals; in a file each update would be a line.
+            report = run_recipe(config, others, verbose=1 if sys.stdout.isatty() else 2)
         except (RecipeError, NonFiniteLossError) as error:
             others.end_with_line(str(error), code=1)
         except TrainingInterrupted as interruption:

@@ -75,7 +75,7 @@ def compiled(model, **settings):
     """Compiled as in a recipe, with averages where the settings have them."""
     defaults = {"ema_momentum": MOMENTUM, "warmup_fraction": 0.0}
     if BACKEND == "tensorflow":
-        defaults["jit_compile"] = "off"  # Compiling would take most of the time.
+        defaults["jit_compile"] = "false"  # Compiling would take most of the time.
     config = Config(**{**defaults, **settings})
     if config.ema_momentum:
         average_statistics(model, optimizers.average_momentum(config))

@@ -22,7 +22,7 @@ from recipes.distributing import Distribution
 from recipes.finetuning import load_start
 from recipes.input_wait import seconds_without_input, wait_share
 from recipes.interruption import NonFiniteLossError, TrainingInterrupted
-from recipes.recording import MetricsLog, StopAfter
+from recipes.recording import MetricsLog, thinned, thinned_losses
 from recipes.report import RunReport, environment
 from recipes.results import VariantResult
 from recipes.run_folder import Progress, open_run_folder, progress_until
@@ -601,12 +601,14 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
 
     def end_of_step(self, batch, logs=None):
         steps.append(batch)
+        write_line(self, batch, logs)
         if len(steps) == 12 + 6:  # In the second epoch of the second variant.
             interrupt()
 
+    write_line = MetricsLog.on_train_batch_end
     broken = dataclasses.replace(config, name="broken", max_steps=100)
     with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(StopAfter, "on_train_batch_end", end_of_step)
+        patch.setattr(MetricsLog, "on_train_batch_end", end_of_step)
         train.run_recipe(broken, verbose=0)
     resumed = train.run_recipe(dataclasses.replace(broken, resume=True, max_steps=None), verbose=0)
     assert [v.losses for v in resumed.variants] == [v.losses for v in whole.variants]
@@ -769,14 +771,14 @@ def test_progress_is_read_up_to_the_checkpoint(tmp_path):
     ]
     text = "\n".join(map(json.dumps, events)) + '\n{"event": "st'
     path.write_text(text)
-    assert progress_until(path, "a", 2, 1) == Progress((3.0, 2.0), (0.5,))
+    assert progress_until(path, "a", 2, 1) == Progress({1: 3.0, 2: 2.0}, (0.5,))
     assert path.read_text().splitlines() == text.splitlines()[:4]
     assert progress_until(path, "a", 0, 0) == Progress()
     assert path.read_text().splitlines() == text.splitlines()[3:4]
 
 
 @one_backend
-def test_lines_that_were_lost_are_unknown_and_no_error(tmp_path, caplog):
+def test_lines_that_were_lost_are_no_error(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     events = [
         {"event": "step", "variant": "a", "step": 1, "loss": 3.0},
@@ -786,17 +788,33 @@ def test_lines_that_were_lost_are_unknown_and_no_error(tmp_path, caplog):
     path.write_text("\n".join(map(json.dumps, events)))
     with caplog.at_level("WARNING"):
         found = progress_until(path, "a", 4, 2)
-    np.testing.assert_array_equal(found.losses, [3.0, np.nan, 1.0, np.nan])
+    assert found.losses == {1: 3.0, 3: 1.0}
     np.testing.assert_array_equal(found.test_accuracies, [np.nan, 0.5])
-    assert "2 of the 4 losses and 1 of the 2 test accuracies" in caplog.text
+    assert "1 of the 2 test accuracies" in caplog.text
+
+
+@one_backend
+@pytest.mark.parametrize("count", [0, 1, 20, 10_020, 10_021, 35_000])
+def test_long_loss_curves_are_joined_to_means_of_neighbours(count):
+    losses = {2 * step: float(step % 7) for step in range(1, count + 1)}
+    found = thinned_losses(losses, keep=20)
+    assert list(found.items())[:20] == list(losses.items())[:20]
+    assert len(found) == {10_021: 20 + 5001, 35_000: 20 + 8745}.get(count, count)
+    assert max(found, default=0) == 2 * count
+    if count == 35_000:
+        assert found[2 * 24] == np.mean([losses[2 * step] for step in (21, 22, 23, 24)])
+    assert len(thinned(range(count))) <= 10_000
+    assert set(thinned(range(count))) <= set(range(count))
 
 
 @one_backend
 @pytest.mark.parametrize("accuracies", [(0.5, 0.75), (0.5, np.nan)], ids=str)
 def test_reports_of_variants_of_other_lengths_and_with_lost_losses(accuracies, tmp_path):
-    longer = VariantResult("a", (3.0, np.nan, 1.0, 0.5), (0.5, 0.75), summary(), (0.1,))
+    longer = VariantResult(
+        "a", (3.0, 1.0, 0.5), (0.5, 0.75), summary(), (0.1,), loss_steps=(1, 3, 4)
+    )
     shorter = VariantResult("b", (3.5, 2.0, 1.25), accuracies, summary(), (0.1,))
-    lost = VariantResult("c", (np.nan,), (np.nan,), summary(), ())
+    lost = VariantResult("c", (), (np.nan,), summary(), ())
     report = RunReport(Config(), tmp_path, environment(), (longer, shorter, lost))
     report.write()
 
@@ -817,7 +835,7 @@ def test_a_test_within_an_epoch_is_no_progress(tmp_path):
     step = {"event": "step", "variant": "a", "step": 1, "loss": 3.0}
     epoch = {"event": "epoch", "variant": "a", "step": 1, "epoch": 0, "val_accuracy": 0.5}
     path.write_text(f"{json.dumps(step)}\n{json.dumps(epoch)}")
-    assert progress_until(path, "a", 1, 0) == Progress((3.0,), ())
+    assert progress_until(path, "a", 1, 0) == Progress({1: 3.0}, ())
     assert path.read_text().splitlines() == [json.dumps(step)]
 
 

@@ -59,7 +59,7 @@ class Distribution:
             if config.jit_compile == "true":
                 raise ValueError(
                     "Expected --jit_compile=auto or false with --distribution=data_parallel: "
-                    "TensorFlow cannot compile a step of several replicas with XLA. Received: on"
+                    "TensorFlow cannot compile a step of several replicas with XLA. Received: true"
                 )
             if config.gradient_accumulation > 1:
                 raise ValueError(

@@ -20,6 +20,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+if __name__ == "__main__":  # Before any other module imports a framework.
+    from recipes.config import import_quietly
+
+    import_quietly()
+
 import keras
 from absl import app, flags, logging
 
@@ -37,6 +42,7 @@ from recipes.config import (
     BUILT_IN,
     Config,
     config_from_flags,
+    config_names,
     define_flags,
     exit_with_line,
     load_config,
@@ -66,7 +72,10 @@ from recipes.run_folder import (
 from recipes.variants import Variant
 
 CONFIG = flags.DEFINE_string(
-    "config", "digits_mobilenet_v1", "a file in recipes/configs, or the path of one"
+    "config",
+    "digits_mobilenet_v1",
+    f"one of {', '.join(config_names())}, or the path of a file like these in recipes/configs; "
+    "what it sets comes before the other defaults",
 )
 define_flags()
 processes.define_flags()

@@ -74,6 +74,10 @@ def test_config_files_are_named_and_documented(name):
         ({"name": "a/b"}, "plain folder name"),
         ({"compare": ("stock", "stock")}, "different lowerings"),
         ({"compare": "stock"}, "a list of strings"),
+        ({"decay_epochs": 2.0}, "a list of floats above 0"),
+        ({"decay_epochs": ("2", "x")}, "a list of floats above 0"),
+        ({"decay_epochs": (5, 2)}, r"several that rise. Received: decay_epochs=\(5.0, 2.0\)"),
+        ({"decay_epochs": ()}, "one number, or several"),
         (
             {"model": "a.keras", "dropout": 0.5, "stem": "imagenet"},
             "defaults of stem, dropout: .*model='a.keras' with stem='imagenet', dropout=0.5",
@@ -147,8 +151,12 @@ def test_a_variant_makes_the_model_compute_so(name, lowering, file_name, tmp_pat
         ({"warmup_fraction": 0.1}, {0: 0.01, 4: 0.05, 9: 0.1, 10: 0.1, 55: 0.05, 100: 0.0}),
         ({"warmup_fraction": 0.0}, {0: 0.1, 50: 0.05, 100: 0.0}),
         (
-            {"schedule": "step", "decay_epochs": 3.0, "decay_rate": 0.5, "warmup_fraction": 0.1},
+            {"schedule": "step", "decay_epochs": (3,), "decay_rate": 0.5, "warmup_fraction": 0.1},
             {9: 0.1, 10: 0.1, 39: 0.1, 40: 0.05, 69: 0.05, 70: 0.025},
+        ),
+        (
+            {"schedule": "step", "decay_epochs": (2, 5), "decay_rate": 0.5, "warmup_fraction": 0.1},
+            {9: 0.1, 10: 0.1, 29: 0.1, 30: 0.05, 59: 0.05, 60: 0.025, 99: 0.025},
         ),
         # Five batches to an update: 20 of them in all.
         ({"gradient_accumulation": 5, "warmup_fraction": 0.1}, {0: 0.05, 1: 0.1, 11: 0.05}),
@@ -971,6 +979,7 @@ def test_flags_override_the_config(monkeypatch):
         train, "run_recipe", lambda config, *_, **__: given.append(config) or pytest.skip()
     )
     arguments = ["--epochs=3", "--compare=stock,shifted", "--learning_rate=1", "--nooverwrite"]
+    arguments += ["--decay_epochs=60,120.5"]
     with flagsaver.flagsaver(), pytest.raises(pytest.skip.Exception):
         train.main(config_module.parse_flags(["train", *arguments]))
     expected = dataclasses.replace(
@@ -978,6 +987,7 @@ def test_flags_override_the_config(monkeypatch):
         epochs=3,
         compare=("stock", "shifted"),
         learning_rate=1.0,
+        decay_epochs=(60.0, 120.5),
     )
     assert given == [expected]
     assert "epochs" in flags.FLAGS

@@ -23,8 +23,7 @@ def load_start(path: str, image_shape: tuple[int, ...], classes: int) -> keras.M
         classes: in the data.
 
     Returns:
-        An uncompiled model: (batch, *image_shape) → (batch, classes)
-        probabilities.
+        An uncompiled model: (batch, *image_shape) → (batch, classes) logits.
 
     Raises:
         ValueError: if the file cannot be read, or the model does not take the
@@ -46,7 +45,8 @@ def load_start(path: str, image_shape: tuple[int, ...], classes: int) -> keras.M
                 f"probabilities (keras.layers.Softmax() makes them). Received: {path}, which ends "
                 f"in {type(model.layers[-1]).__name__} '{model.layers[-1].name}' without one"
             )
-        head = outputs
+        # Logits, but for a constant: their softmax is these probabilities.
+        head = keras.ops.log(keras.ops.maximum(outputs, keras.config.epsilon()))
     elif len(model.outputs) == 1 and len(outputs.shape) == 4:
         features = layers.GlobalAveragePooling2D(name="new_average")(outputs)
         head = _classifier(classes)(features)
@@ -80,8 +80,8 @@ def _gives_probabilities(model: keras.Model) -> bool:
 
 
 def _classifier(classes: int) -> layers.Layer:
-    # Half precision has too few digits for probabilities.
-    return layers.Dense(classes, activation="softmax", name="new_predictions", dtype="float32")
+    # Half precision has too few digits for logits.
+    return layers.Dense(classes, name="new_predictions", dtype="float32")
 
 
 def _takes(declared: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:

@@ -3,7 +3,7 @@
     runs/NAME/
       config.json      the settings
       metrics.jsonl    one JSON object a line, as the training goes: "event" is
-                       "step" (loss of the batch) or "epoch"
+                       "step" (mean loss since the line before) or "epoch"
       checkpoints/     a folder for each variant, to go on with --resume
       results/         a file for each variant that is trained to the end
       plans/           what --lowering=tune chose, and measured
@@ -42,6 +42,7 @@ from recipes.results import VariantResult
 
 # In the first steps only rounding tells two exact variants apart; later every
 # training, also one repeated in another order of summation, goes its own way.
+# Each of these steps has a line of its own in `metrics.jsonl`.
 EARLY_STEPS = 20
 
 

@@ -19,15 +19,16 @@ class VariantResult:
 
     Args:
         name: Its lowering, `"stock"`, `"tune"` or a plan.
-        losses: Training loss of every step (mean over the batch); NaN where it
-            was lost.
-        test_accuracies: After each epoch, in [0, 1]; likewise.
+        losses: Training losses: of a step (mean over the batch), or means of
+            the steps since the one before.
+        test_accuracies: After each epoch, in [0, 1]; NaN where it was lost.
         steps: Times of the steps since the training was last resumed; see
             `StepTimer`.
-        step_seconds: Every time that counts, for the picture.
+        step_seconds: Times that count, for the picture.
         without_input_seconds: Median of a step on a batch that is there
             already; None where it was not timed.
         choice: What a plan chose, in a sentence; empty without one.
+        loss_steps: The steps of `losses`, from 1; by default each step has one.
     """
 
     name: str
@@ -37,6 +38,11 @@ class VariantResult:
     step_seconds: tuple[float, ...] = dataclasses.field(repr=False)
     without_input_seconds: float | None = None
     choice: str = ""
+    loss_steps: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        steps = self.loss_steps or tuple(range(1, len(self.losses) + 1))
+        object.__setattr__(self, "loss_steps", steps)
 
     @property
     def test_accuracy(self) -> float:
@@ -49,9 +55,11 @@ class VariantResult:
         return wait_share(self.steps.step_median_seconds, self.without_input_seconds)
 
     def loss_differences(self, other: VariantResult) -> np.ndarray:
-        """Absolute difference of the two losses at each step that both have."""
-        steps = min(len(self.losses), len(other.losses))
-        return np.abs(np.subtract(self.losses[:steps], other.losses[:steps]))
+        """Absolute difference of the two losses at each step that both have one of."""
+        _, mine, others = np.intersect1d(
+            self.loss_steps, other.loss_steps, assume_unique=True, return_indices=True
+        )
+        return np.abs(np.array(self.losses)[mine] - np.array(other.losses)[others])
 
     def to_json(self) -> str:
         """The text of a file in `results/`."""

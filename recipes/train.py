@@ -16,8 +16,14 @@ import dataclasses
 import functools
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
+
+if __name__ == "__main__":  # Before any other module imports a framework.
+    from recipes.config import import_quietly
+
+    import_quietly()
 
 import keras
 from absl import app, flags, logging
@@ -36,6 +42,7 @@ from recipes.config import (
     BUILT_IN,
     Config,
     config_from_flags,
+    config_names,
     define_flags,
     exit_with_line,
     load_config,
@@ -52,8 +59,8 @@ from recipes.interruption import (
 )
 from recipes.optimizers import average_momentum, compile_model
 from recipes.profiling import Profile
-from recipes.recording import MetricsLog, StopAfter, TensorBoardLog
-from recipes.report import RunReport, environment
+from recipes.recording import MetricsLog, TensorBoardLog, thinned, thinned_losses
+from recipes.report import EARLY_STEPS, RunReport, environment
 from recipes.results import VariantResult
 from recipes.run_folder import (
     Progress,
@@ -65,7 +72,10 @@ from recipes.run_folder import (
 from recipes.variants import Variant
 
 CONFIG = flags.DEFINE_string(
-    "config", "digits_mobilenet_v1", "a file in recipes/configs, or the path of one"
+    "config",
+    "digits_mobilenet_v1",
+    f"one of {', '.join(config_names())}, or the path of a file like these in recipes/configs; "
+    "what it sets comes before the other defaults",
 )
 define_flags()
 processes.define_flags()
@@ -89,7 +99,8 @@ def run_recipe(
         config: The experiment.
         others: The processes that train together, of which the first one
             writes the files; None means this one alone.
-        verbose: Of `model.fit`: 1 shows progress bars, 0 nothing.
+        verbose: Of `model.fit`: 1 shows progress bars, 2 a line for each epoch,
+            0 nothing.
 
     Returns:
         What was measured, and the folder of the results.
@@ -144,6 +155,8 @@ def run_recipe(
         restored = restore(model)
         test = evaluation_data(config, images, distribution)
         accuracy = restored.evaluate(test, return_dict=True, verbose=0)["accuracy"]
+        # As users expect it of a classifier.
+        restored = models.with_probabilities(restored)
     exported = ""
     if distribution.is_first:
         files.write_aside(folder / "model.keras", without_training_state(restored).save)
@@ -251,10 +264,7 @@ def train_variant(
         # The timer comes first, so that it does not time the others.
         timer = StepTimer()
         log = MetricsLog(variant.name, file, progress, start.record if start else {})
-        callbacks = [timer, log]
-        if config.max_steps is not None:
-            callbacks.append(StopAfter(steps - steps_done))
-        callbacks += optional_callbacks(config, variant, folder, timer, is_first)
+        callbacks = [timer, log, *optional_callbacks(config, variant, folder, timer, is_first)]
         fit_from(
             model,
             start,
@@ -267,14 +277,19 @@ def train_variant(
             save_every=config.checkpoint_epochs,
             record=log.state,
             interruption=interruption,
+            log_every=config.log_every,
+            log_first=EARLY_STEPS,
+            max_steps=None if config.max_steps is None else steps,
             verbose=verbose,
         )
+    losses = thinned_losses(log.losses, keep=EARLY_STEPS)
     result = VariantResult(
         name=variant.name,
-        losses=tuple(log.losses),
+        losses=tuple(losses.values()),
+        loss_steps=tuple(losses),
         test_accuracies=tuple(log.test_accuracies),
         steps=timer.summary(),
-        step_seconds=timer.timings.samples,
+        step_seconds=thinned(timer.timings.samples),
         without_input_seconds=seconds_without_input(
             model, next(iter(training_data(config, images, distribution, 0)))
         ),
@@ -335,6 +350,8 @@ def evaluation_data(config: Config, images: data.ImageData, distribution: Distri
 def build_model(config: Config, images: data.ImageData, distribution: Distribution) -> keras.Model:
     """The network in Keras's own layers, with the weights that all variants start from.
 
+    It gives logits: see `models.with_probabilities`.
+
     Raises:
         ValueError: If a file has no model that fits the images.
     """
@@ -360,6 +377,7 @@ def _built_in(config: Config, images: data.ImageData) -> keras.Model:
             stem=config.stem,
             dropout=config.dropout,
             batch_norm_momentum=config.batch_norm_momentum,
+            classifier_activation=None,
         )
     finally:
         keras.config.set_dtype_policy(former_policy)
@@ -407,7 +425,8 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         exit_with_line(str(error), code=2)
     try:
-        report = run_recipe(config, others, verbose=1)
+        # Progress bars are for terminals; in a file each update would be a line.
+        report = run_recipe(config, others, verbose=1 if sys.stdout.isatty() else 2)
     except (RecipeError, NonFiniteLossError) as error:
         exit_with_line(str(error), code=1)
     except TrainingInterrupted as interruption:

@@ -57,7 +57,7 @@ def network(seed=0):
     x = layers.BatchNormalization(momentum=0.5, name="first")(x)
     x = inner(frozen(layers.ReLU(name="relu")(x)))
     x = layers.GlobalAveragePooling2D(name="pool")(layers.ReLU(name="relu_2")(x))
-    x = layers.Dense(3, activation="softmax", name="dense")(x)
+    x = layers.Dense(3, name="dense")(x)
     model = keras.Model(inputs, x, name="network")
     frozen.trainable = False
     for number, norm in enumerate(norms(model)):
@@ -75,7 +75,7 @@ def compiled(model, **settings):
     """Compiled as in a recipe, with averages where the settings have them."""
     defaults = {"ema_momentum": MOMENTUM, "warmup_fraction": 0.0}
     if BACKEND == "tensorflow":
-        defaults["jit_compile"] = "off"  # Compiling would take most of the time.
+        defaults["jit_compile"] = "false"  # Compiling would take most of the time.
     config = Config(**{**defaults, **settings})
     if config.ema_momentum:
         average_statistics(model, optimizers.average_momentum(config))

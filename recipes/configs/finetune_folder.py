@@ -5,7 +5,7 @@ classes, measures which lowering is the fastest here, trains, and leaves
 `model.keras` and a SavedModel in stock layers.
 
 Source:    a low learning rate with a cosine, as is usual for fine-tuning.
-Data:      JPEG and PNG files in DIR/CLASS/, or in DIR/train/CLASS/ and
+Data:      JPEG, PNG, BMP, GIF or WebP files in DIR/CLASS/, or in DIR/train/CLASS/ and
            DIR/test/CLASS/. `image_size` and `input_range` must be the model's:
            MobileNets of keras.applications take 224 and 'symmetric',
            EfficientNets 224 and 'bytes'.

@@ -34,8 +34,8 @@ from diagconv_tf.minimal_effort.operands import chosen
 from diagconv_tf.minimal_effort.unit_graph import HiddenLayer, UnitGraph
 from diagconv_tf.model_tree import walk_layers
 
-#: Where a layer keeps its counter, and the variable of it that Keras trains.
-_COUNTER, _VARIABLE = "_activeness", "_activeness_counts"
+#: Where a layer keeps its counter.
+_COUNTER = "_activeness"
 #: Where an optimizer keeps what it does with counters.
 _STEPS = "_diagconv_counting"
 
@@ -54,12 +54,12 @@ class Activeness:
     examples: int
 
 
-class ActivenessCounter(keras.Operation):
+class ActivenessCounter(keras.layers.Layer):
     """Counts for how many examples each unit of a layer is active.
 
-    As an operation it has a place of its own in Keras's files: a model that is loaded while
-    it has counters goes on counting. Stock models know nothing of it. Counts are floats,
-    because only floats have gradients: they are exact up to 2**24 examples.
+    As a layer inside the layer it has a place of its own in Keras's files: stock models know
+    nothing of it. Counts are floats, because only floats have gradients: they are exact up
+    to 2**24 examples.
 
     An example is what the first axis counts. Where a layer's output has more axes (positions
     of an image, words of a sentence), a unit's gradient is the sum of the absolute values
@@ -73,20 +73,20 @@ class ActivenessCounter(keras.Operation):
     """
 
     def __init__(self, units: int, axis: int, k: int) -> None:
-        super().__init__(name="activeness")
+        super().__init__(name="activeness", dtype="float32")
         self.axis = axis
         self.k = min(k, units)
-        # The last number counts the examples.
-        self.counts = keras.Variable(
-            np.zeros(units + 1, "float32"),
-            dtype="float32",
-            trainable=True,
+        # The last number counts the examples. An optimizer that is made for the model while
+        # it has counters keeps no state for them.
+        self.counts = self.add_weight(
+            name="activeness",
+            shape=(units + 1,),
+            initializer="zeros",
             autocast=False,
             aggregation="only_first_replica",
-            name="activeness",
+            overwrite_with_gradient=True,
         )
-        # An optimizer that is made for the model now keeps no state for it.
-        self.counts.overwrite_with_gradient = True
+        self.built = True
 
     def observe(self, outputs: Any) -> Any:
         """`outputs`, unchanged, whose gradient is counted."""
@@ -113,9 +113,6 @@ class ActivenessCounter(keras.Operation):
     def reset(self) -> None:
         """Starts again from zero."""
         self.counts.assign(np.zeros(self.counts.shape, "float32"))
-
-    def save_own_variables(self, store: Any) -> None:
-        store["0"] = ops.convert_to_numpy(self.counts)
 
     def load_own_variables(self, store: Any) -> None:
         # A file of the model without counters has none.
@@ -161,7 +158,8 @@ class _One:
 
 def counter_of(layer: keras.layers.Layer) -> ActivenessCounter | None:
     """The counter that a layer has."""
-    return vars(layer).get(_COUNTER)
+    # PyTorch keeps layers of layers elsewhere than in `vars`.
+    return getattr(layer, _COUNTER, None)
 
 
 def is_counter(variable: Any) -> bool:
@@ -210,7 +208,11 @@ def attach(model: keras.Model, graph: UnitGraph, layers: Sequence[tuple[HiddenLa
             )
         for hidden, k in layers:
             if counter_of(hidden.layer) is None:
-                counter = ActivenessCounter(hidden.count, hidden.axis, k)
+                # PyTorch finds variables by their paths, which must differ.
+                with contextlib.ExitStack() as scopes:
+                    for name in hidden.path.split("/"):
+                        scopes.enter_context(keras.name_scope(name))
+                    counter = ActivenessCounter(hidden.count, hidden.axis, k)
                 _set_counter(hidden.layer, counter)
     guard = _Guard.of(graph, [hidden for hidden, _ in layers])
     _Steps(tuple(model.trainable_variables), guard).set(optimizer)
@@ -246,11 +248,9 @@ def _set_counter(layer: keras.layers.Layer, counter: ActivenessCounter | None) -
     tracker.unlock()
     try:
         if counter is None:
-            tracker.untrack(getattr(layer, _VARIABLE))
-            delattr(layer, _VARIABLE)
+            tracker.untrack(counter_of(layer))
             delattr(layer, _COUNTER)
         else:
-            setattr(layer, _VARIABLE, counter.counts)
             setattr(layer, _COUNTER, counter)
     finally:
         if locked:

@@ -1,6 +1,6 @@
 """A compact model computes what the model with removed units computed, with fewer weights."""
 
-import contextlib
+import re
 
 import keras
 import numpy as np
@@ -121,6 +121,15 @@ SAME = {
 }
 
 
+def paths(model):
+    """Of all layers; those of inputs that nobody named have any name."""
+    return [
+        place.path
+        for place in walk_layers(model)
+        if not (isinstance(place.layer, layers.InputLayer) and "/" in place.path)
+    ]
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_a_compact_model_computes_the_same(name):
     if name == "channels first" and BACKEND == "tensorflow":
@@ -150,7 +159,7 @@ def test_a_compact_model_computes_the_same(name):
     assert plan.parameters == (model.count_params(), smaller.count_params())
     assert plan.flops == tuple(inspect_model(m).total_flops for m in (model, smaller))
     assert smaller.count_params() < model.count_params()
-    assert [p.path for p in walk_layers(smaller)] == [p.path for p in walk_layers(model)]
+    assert paths(smaller) == paths(model)
     for place in walk_layers(smaller):
         assert not isinstance(place.layer, OperandLayer)
     # Twice is once: nothing is left to take out.
@@ -163,7 +172,8 @@ def test_the_plan_is_a_table_and_changes_nothing():
     remove(model)
     before = model.get_weights()
     text = str(plan_compaction(model))
-    assert "MFLOPs" in text and "its outputs are the model's" in text
+    assert "MFLOPs" in text
+    assert "its outputs are the model's" in text
     for a, b in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     assert compact(model).count_params() < model.count_params()
@@ -254,9 +264,7 @@ def test_what_cannot_be_told_apart_is_left_whole(name, followers):
     remove(model)
     row = next(row for row in plan_compaction(model).layers if row.path == "whole")
     assert row.before == row.after == 6
-    with contextlib.nullcontext() if row.reasons else pytest.raises(AssertionError):
-        assert row.reasons
-    assert any(pytest.importorskip("re").search(reason, text) for text in row.reasons)
+    assert any(re.search(reason, text) for text in row.reasons)
     x = data(model)
     # A function of the user's own that Keras cannot serialise cannot be built anew, either.
     if name != "own function":
@@ -353,7 +361,7 @@ def test_training_goes_on(name):
     remove(model)
     smaller = compact(model)
     assert smaller.optimizer is not model.optimizer
-    assert int(smaller.optimizer.iterations) == int(model.optimizer.iterations) == 3
+    assert int(smaller.optimizer.iterations) == int(model.optimizer.iterations) > 0
     assert not smaller.get_layer("frozen").trainable
     for _ in range(3):
         expected, found = (m.train_on_batch(x, y, return_dict=True) for m in (model, smaller))
@@ -382,10 +390,7 @@ def test_dropout_goes_on_with_its_noise():
     model.compile("sgd", "mse")
     model.train_on_batch(data(model), np.ones((4, 3), "float32"))
     smaller = compact(model)
-    states = [
-        [v for v in m.variables if "seed" in v.path and v not in m.weights]
-        for m in (model, smaller)
-    ]
+    states = [[v for v in m.variables if "seed" in v.path] for m in (model, smaller)]
     assert states[0]
     for a, b in zip(*states, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -289,18 +289,18 @@ def test_a_resumed_training_is_the_same(order, tmp_path):
             X, Y, batch_size=BATCH, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks
         )
 
-    class Interrupted(Exception):
+    class StoppedError(Exception):
         pass
 
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 1:
-                raise Interrupted
+                raise StoppedError
 
     straight, first, second = (perceptron("adam") for _ in range(3))
     train(straight)
     backup = keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedError):
         train(first, backup, Interrupt())
     train(second, keras.callbacks.BackupAndRestore(tmp_path))
     for a, b in zip(straight.variables, second.variables, strict=True):

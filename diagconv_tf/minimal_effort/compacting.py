@@ -227,7 +227,7 @@ class _Compactor:
 
     def compact(self) -> keras.Model:
         compiled, self.source.compiled = self.source.compiled, False  # Else Keras compiles it.
-        smaller = keras.models.clone_model(self.source, clone_function=self.clone)
+        smaller = self.clone_model(self.source)
         for old, new in self.layers:
             for theirs, ours in zip(old.variables, new.variables, strict=True):
                 self.variables[id(theirs)] = ours
@@ -244,22 +244,25 @@ class _Compactor:
         new = self.clones.get(id(layer))
         if new is None:
             is_model = keras_internals.graph(layer) is not None
-            new = self.clone_inner(layer) if is_model else self.clone_layer(layer)
+            new = self.clone_model(layer) if is_model else self.clone_layer(layer)
             self.clones[id(layer)] = new
         return new
 
-    def clone_inner(self, model: keras.Model) -> keras.Model:
-        """A new model inside the model."""
+    def clone_model(self, model: keras.Model) -> keras.Model:
+        """A new model; `model` is the whole one, or one inside it."""
         if isinstance(model, keras.Sequential):
+            if model is self.source:
+                return keras.models.clone_model(model, clone_function=self.clone)
             # It finds the size of its inputs when it is called.
-            clones = [self.clone(layer) for layer in model.layers]
-            return keras.Sequential(clones, name=model.name)
+            return keras.Sequential([self.clone(layer) for layer in model.layers], model.name)
+        flows = self.inputs.get(id(model), [None] * len(model.inputs))
         inputs = []
-        for tensor, flow in zip(model.inputs, self.inputs[id(model)], strict=True):
-            shape = list(tensor.shape)
+        for tensor, flow in zip(model.inputs, flows, strict=True):
+            layer, shape = keras_internals.history(tensor)[0], list(tensor.shape)
             if flow is not None:
                 shape[flow.axis] = len(flow.kept(self.removed))
-            inputs.append(keras.Input(batch_shape=shape, dtype=tensor.dtype, name=tensor.name))
+            # Keras would name it after the tensor.
+            inputs.append(keras.Input(batch_shape=shape, dtype=tensor.dtype, name=layer.name))
         packed = keras.tree.pack_sequence_as(model.input, inputs)
         return keras.models.clone_model(model, input_tensors=packed, clone_function=self.clone)
 

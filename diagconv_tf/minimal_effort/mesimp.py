@@ -185,7 +185,7 @@ class MeSimp(keras.callbacks.Callback):
         self.prunings += done
         for pruning in done:
             logging.info(
-                "Epoch %d: '%s' keeps %d of %d units (those active for at least %d of %d examples).",
+                "Epoch %d: '%s' keeps %d of %d units (active for %d of %d examples at least).",
                 pruning.epoch + 1,
                 pruning.path,
                 pruning.after,

@@ -22,6 +22,11 @@ from diagconv_tf.lowbit.layers import (
     why_not_operands,
 )
 from diagconv_tf.minimal_effort.layers import MinimalEffortEinsumDense, why_not_einsum
+from diagconv_tf.minimal_effort.recurrent import (
+    MinimalEffortGRU,
+    MinimalEffortLSTM,
+    why_not_recurrent,
+)
 
 #: The settings that a layer can have: how it computes, and what its operands go through.
 LOWERING, OPERANDS = "lowering", "operands"
@@ -102,6 +107,8 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(keras.layers.Conv2D, LowBitConv2D, why_not_operands),
     Rule(keras.layers.Dense, LowBitDense, why_not_operands),
     Rule(keras.layers.EinsumDense, MinimalEffortEinsumDense, why_not_einsum),
+    Rule(keras.layers.LSTM, MinimalEffortLSTM, why_not_recurrent),
+    Rule(keras.layers.GRU, MinimalEffortGRU, why_not_recurrent),
 )
 
 

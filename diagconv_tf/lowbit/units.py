@@ -98,8 +98,9 @@ class FewUnits:
         groups, count = self.units.groups, self.units.count
         kept = self.operand.columns(ops.reshape(rows, (-1, groups, count)))
         starts = ops.multiply(ops.arange(groups, dtype="int32"), count)
-        kept = ops.add(ops.cast(kept, "int32"), ops.expand_dims(starts, 1))
-        return ops.reshape(kept, (-1,))
+        # Not `ops.add`, which on TensorFlow (Keras 3.15) takes a column of as many numbers as
+        # there are columns for a bias, and adds it to each row.
+        return ops.reshape(ops.cast(kept, "int32") + ops.expand_dims(starts, 1), (-1,))
 
 
 @dataclasses.dataclass(frozen=True)

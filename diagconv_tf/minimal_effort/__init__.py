@@ -6,6 +6,14 @@ forward pass is untouched.
 
 from diagconv_tf.minimal_effort.layers import MinimalEffortEinsumDense
 from diagconv_tf.minimal_effort.operands import RandomK, TopK
+from diagconv_tf.minimal_effort.recurrent import MinimalEffortGRU, MinimalEffortLSTM
 from diagconv_tf.minimal_effort.treatment import MinimalEffort
 
-__all__ = ["MinimalEffort", "MinimalEffortEinsumDense", "RandomK", "TopK"]
+__all__ = [
+    "MinimalEffort",
+    "MinimalEffortEinsumDense",
+    "MinimalEffortGRU",
+    "MinimalEffortLSTM",
+    "RandomK",
+    "TopK",
+]

@@ -1,4 +1,4 @@
-"""Keras's einsum and recurrent layers, with a choice of what their output gradients go through.
+"""Keras's einsum layer, with a choice of what its output gradient goes through.
 
 As those of `diagconv_tf.lowbit.layers`, which has dense layers and convolutions: same
 arguments, variables and checks, plus `operands`, and a change of class makes one of the other.
@@ -24,14 +24,14 @@ from diagconv_tf.lowbit.layers import (
 )
 
 
-class _GradientLayer(OperandLayer):
+class GradientLayer(OperandLayer):
     """A layer whose output gradient alone goes through an operand."""
 
     held_operands: ClassVar[frozenset[str]] = frozenset({"gradients"})
 
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
-class MinimalEffortEinsumDense(_GradientLayer, keras.layers.EinsumDense):
+class MinimalEffortEinsumDense(GradientLayer, keras.layers.EinsumDense):
     """`keras.layers.EinsumDense` with a choice of what its output gradient goes through.
 
     Units are the axes that kernel and outputs share.

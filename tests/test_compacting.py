@@ -93,7 +93,7 @@ def nested():
 def one_dimension():
     inputs = keras.Input((9, 3))
     x = layers.Conv1D(5, 3, activation="relu", name="a")(inputs)
-    x = layers.SpatialDropout1D(0.2)(layers.AveragePooling1D()(x))
+    x = layers.SpatialDropout1D(0.2)(layers.AveragePooling1D(2)(x))
     x = layers.Dense(6, activation="sigmoid", name="b")(x)
     x = layers.GlobalMaxPooling1D()(x)
     return keras.Model(inputs, layers.Dense(2)(layers.Reshape((1, 6))(x)))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -390,7 +390,7 @@ def _finalize_variable_values(optimizer: Any, var_list: Iterable[keras.Variable]
     type(optimizer).finalize_variable_values(optimizer, others)
 
 
-_METHODS = {
+_METHODS: dict[str, Callable[..., Any]] = {
     "apply": _apply,
     "stateless_apply": _stateless_apply,
     "finalize_variable_values": _finalize_variable_values,

@@ -254,7 +254,7 @@ class _Compactor:
             if model is self.source:
                 return keras.models.clone_model(model, clone_function=self.clone)
             # It finds the size of its inputs when it is called.
-            return keras.Sequential([self.clone(layer) for layer in model.layers], model.name)
+            return keras.Sequential(list(map(self.clone, model.layers)), name=model.name)
         flows = self.inputs.get(id(model), [None] * len(model.inputs))
         inputs = []
         for tensor, flow in zip(model.inputs, flows, strict=True):

@@ -7,6 +7,7 @@ authors' PyTorch code (`lancopku/meProp`, `meSimp`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from diagconv_tf import class_swap, keras_internals
+from diagconv_tf.distribution import strategy_of
 from diagconv_tf.lowbit.layers import operands_of
 from diagconv_tf.lowbit.operands import UnitOperand
 from diagconv_tf.lowbit.rounding import StochasticRounding
@@ -126,6 +128,7 @@ class MeSimp(keras.callbacks.Callback):
         self._simplifies = False
         self._prunings_due = 0
         self._seen = 0
+        self._is_training = False
 
     def set_params(self, params: Any) -> None:
         # The first that a callback learns of a `fit`. Another callback, listed before this one,
@@ -134,6 +137,7 @@ class MeSimp(keras.callbacks.Callback):
         if self._run is None:
             self._run = _Run(self.model)
             self.prunings = []
+            self._is_training = False
         self._steps = (params or {}).get("steps")
 
     def on_test_begin(self, logs: Any = None) -> None:
@@ -143,7 +147,7 @@ class MeSimp(keras.callbacks.Callback):
         self._leave_unless_trained()
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._run.is_training = True
+        self._is_training = True
 
     def on_train_end(self, logs: Any = None) -> None:
         self._leave()
@@ -151,14 +155,15 @@ class MeSimp(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch, self._prunings_due = epoch, 0
         self._simplifies = epoch // self.cycle_epochs % 2 == 0
-        if epoch % self.cycle_epochs != 0:
+        if epoch % self.cycle_epochs != 0 or self._run is None:
             return
+        # Brings the variables up to date, on JAX.
         model = self.model
         if self._simplifies:
             self._run.reset()
         if self.renew_optimizer and epoch > 0:
-            optimizer = model.optimizer
-            renew(optimizer, keras_internals.optimized_variables(optimizer))
+            with _scope(model):
+                renew(model.optimizer, keras_internals.optimized_variables(model.optimizer))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self._steps is None:
@@ -179,8 +184,9 @@ class MeSimp(keras.callbacks.Callback):
                 self._prune()
 
     def _prune(self) -> None:
-        # Brings the variables up to date, on JAX.
-        assert self.model is not None
+        if self._run is None:
+            return
+        keras_internals.sync_training_state(self.model)
         done = self._run.prune(self.rate, self._epoch)
         self.prunings += done
         for pruning in done:
@@ -195,10 +201,11 @@ class MeSimp(keras.callbacks.Callback):
             )
 
     def _leave_unless_trained(self) -> None:
-        if self._run is not None and not self._run.is_training:
+        if not self._is_training:
             self._leave()
 
     def _leave(self) -> None:
+        self._is_training = False
         if self._run is not None:
             activeness.detach(self.model)
             self._run = None
@@ -208,13 +215,12 @@ class _Run:
     """The model of one `fit`, its units, and those that are left."""
 
     def __init__(self, model: keras.Model) -> None:
-        self.is_training = False
-        with class_swap.lock:
+        with class_swap.lock, _scope(model):
             self.graph: UnitGraph = unit_graph(model)
             chosen = _prunable(model, self.graph)
             activeness.attach(model, self.graph, chosen)
+            self.remover = Remover(self.graph, model.optimizer)
         self.layers = [layer for layer, _ in chosen]
-        self.remover = Remover(self.graph, model.optimizer)
 
     def reset(self) -> None:
         for layer in self.layers:
@@ -222,7 +228,7 @@ class _Run:
 
     def prune(self, rate: float, epoch: int) -> list[Pruning]:
         removed = self.graph.removed()
-        gone = np.zeros(self.graph.count, bool)
+        gone: np.ndarray = np.zeros(self.graph.count, bool)
         done = []
         for layer in self.layers:
             found = self._counter(layer).read()
@@ -249,6 +255,12 @@ class _Run:
         counter = activeness.counter_of(layer.layer)
         assert counter is not None  # It is taken away when `fit` ends.
         return counter
+
+
+def _scope(model: keras.Model) -> contextlib.AbstractContextManager:
+    """In which the model's `tf.distribute` strategy makes variables."""
+    strategy = strategy_of(model)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
 def _prunable(model: keras.Model, graph: UnitGraph) -> list[tuple[HiddenLayer, int]]:

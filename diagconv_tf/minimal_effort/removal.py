@@ -43,7 +43,7 @@ class Remover:
         Args:
             units: a flag for each unit of the graph.
         """
-        flags = np.append(units, False)
+        flags: np.ndarray = np.append(units, False)
         for part in self._graph.parts:
             gone = flags[part.units] & (part.units != NO_UNIT)
             # A variance of zero is no neutral one. What it divides is zero.

@@ -135,7 +135,7 @@ class UnitGraph:
 
         Of a layer whose units are all removed, the first one stays.
         """
-        removed = np.ones(self.count, bool)
+        removed: np.ndarray = np.ones(self.count, bool)
         for part in (*self.own, *self.read):
             owned = part.units != NO_UNIT
             np.logical_and.at(removed, part.units[owned], part.is_zero()[owned])
@@ -214,8 +214,14 @@ class _Follower:
             HiddenLayer(f.layer, f.path, f.axis, f.first, f.count, tuple(f.reasons))
             for f in self.hidden
         )
-        parts = tuple(self.own), tuple(self.between), tuple(self.read)
-        return UnitGraph(hidden, *parts, self.target_shapes, self.inputs)
+        return UnitGraph(
+            hidden,
+            tuple(self.own),
+            tuple(self.between),
+            tuple(self.read),
+            self.target_shapes,
+            self.inputs,
+        )
 
     def path(self, operation: Any) -> str:
         return self.paths.get(id(operation), operation.name)
@@ -375,7 +381,7 @@ class _Follower:
         if not _is_elementwise(layer.activation):
             raise _LeftWholeError(f"the activation of '{self.path(layer)}' mixes units")
         self.add(self.between, layer, "kernel", -2, flow.units)
-        units = np.repeat(flow.units, layer.depth_multiplier)
+        units: np.ndarray = np.repeat(flow.units, layer.depth_multiplier)
         self.add(self.between, layer, "bias", 0, units)
         return Flow(_channel_axis(layer, node.outputs[0]), units)
 
@@ -405,7 +411,7 @@ class _Follower:
         flow = self.channels(node, inputs)
         if flow is not None:
             self.add(self.between, layer, "depthwise_kernel", -2, flow.units)
-            units = np.repeat(flow.units, layer.depth_multiplier)
+            units: np.ndarray = np.repeat(flow.units, layer.depth_multiplier)
             self.add(self.read, layer, "pointwise_kernel", -2, units)
         return self.source(
             layer, layer.filters, "pointwise_kernel", _channel_axis(layer, node.outputs[0])
@@ -422,7 +428,7 @@ class _Follower:
             found.reasons["its activation mixes units"] = None
         self.hidden.append(found)
         self.owners += [found] * count
-        units = np.arange(found.first, found.first + count)
+        units: np.ndarray = np.arange(found.first, found.first + count)
         self.add(self.own, layer, kernel, -1, units)
         self.add(self.own, layer, "bias", 0, units)
         return Flow(axis, units)

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diagconv_tf.backends.jax import compiled_for
+
 
 def through(operand: Any, tensor: Any, seed: Any) -> Any:
     return _identity(tensor, seed, operand)
@@ -35,9 +37,22 @@ def take(tensor: Any, indices: Any, axis: int) -> Any:
     return tensor.at[index].get(mode="promise_in_bounds", unique_indices=True)
 
 
+#: Rows that are written at a time: a few, which stay in the cache of a CPU.
+_ROWS = 4
+
+
 def place_columns(values: Any, columns: Any, count: int) -> Any:
-    zeros = jnp.zeros((values.shape[0], count), values.dtype)
-    return zeros.at[:, columns].set(values, mode="promise_in_bounds", unique_indices=True)
+    def place(values: Any) -> Any:
+        zeros = jnp.zeros((values.shape[0], count), values.dtype)
+        return zeros.at[:, columns].set(values, mode="promise_in_bounds", unique_indices=True)
+
+    rows = values.shape[0]
+    if compiled_for(values) != "cpu" or rows % _ROWS:
+        return place(values)
+    # XLA's CPU compiler writes column by column, far apart in memory: 2048 x 2048 numbers,
+    # 128 of the columns, take 16 ms at once and 6 ms in parts.
+    parts = values.reshape(rows // _ROWS, _ROWS, values.shape[1])
+    return jax.lax.map(place, parts).reshape(rows, count)
 
 
 def largest(magnitudes: Any, k: int) -> Any:

@@ -326,6 +326,12 @@ _AVERAGED_VARIABLES = PrivateName(
     "swap weights and their averages",
     _NO_AVERAGING,
 )
+_COMPILE_CONFIG = PrivateName(
+    "keras.Model()",
+    "_compile_config",
+    "compile a smaller model as the larger one was compiled",
+    "Compaction of models that are not compiled works",
+)
 _AVERAGES = PrivateName(
     "keras.optimizers.Optimizer()",
     "_model_variables_moving_average",
@@ -670,6 +676,16 @@ def track_torch_variables(model: keras.Model) -> None:
     for layer in flatten_layers(model):
         if layer.built:
             _TRACK_TORCH_VARIABLES.of(layer)()
+
+
+def optimized_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """The variables that an optimizer was built for, in its order; none before."""
+    return list(_AVERAGED_VARIABLES.of(optimizer)) if optimizer.built else []
+
+
+def compile_arguments(model: keras.Model) -> dict[str, Any]:
+    """The arguments that `compile` was given, but for `auto_scale_loss`."""
+    return dict(_COMPILE_CONFIG.of(model).config)
 
 
 def averaged_variables(

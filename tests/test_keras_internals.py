@@ -287,6 +287,7 @@ ROWS: dict[str, Row] = {
     ),
     "keras.Layer._untrack_variable": Row(depthwise, stop_averaging, deletes=True),
     "keras.Layer._track_variables": Row(depthwise, stop_averaging, deletes=True),
+    "keras.Model()._compile_config": Row(itself, lambda m, _: keras_internals.compile_arguments(m)),
     "keras.optimizers.Optimizer()._trainable_variables": Row(optimizer, swap_averages),
     "keras.optimizers.Optimizer()._model_variables_moving_average": Row(optimizer, swap_averages),
 }

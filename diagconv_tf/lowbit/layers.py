@@ -263,6 +263,10 @@ def finish(
             outputs = through(biased(layer, outputs))
         else:
             outputs = biased(layer, through(outputs))
+    # `minimal_effort.activeness` sees the whole gradient here.
+    counter = getattr(layer, "_activeness", None)
+    if counter is not None and not keras_internals.is_inference():
+        outputs = counter.observe(outputs)
     return outputs if layer.activation is None else layer.activation(outputs)
 
 

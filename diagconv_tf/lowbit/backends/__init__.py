@@ -49,6 +49,14 @@ def of_this_replica(seed: Any) -> Any:
     return _BACKEND.of_this_replica(seed) if _NAME == "tensorflow" else seed
 
 
+def sum_over_replicas(tensor: Any) -> Any:
+    """The sum of a tensor over all replicas of a `tf.distribute` strategy, on each of them.
+
+    Under a `keras.distribution` one program computes with the whole batch.
+    """
+    return _BACKEND.sum_over_replicas(tensor) if _NAME == "tensorflow" else tensor
+
+
 def outside_graphs() -> contextlib.AbstractContextManager:
     """Inside, values are computed at once, also where TensorFlow is tracing a graph."""
     return _BACKEND.outside_graphs() if _NAME == "tensorflow" else contextlib.nullcontext()

@@ -97,6 +97,13 @@ def of_this_replica(seed: Any) -> Any:
     return seed + tf.stack([replica * tf.constant(_BETWEEN_REPLICAS, seed.dtype), 0])
 
 
+def sum_over_replicas(tensor: Any) -> Any:
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return tensor
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, tensor)
+
+
 def outside_graphs() -> contextlib.AbstractContextManager:
     return tf.init_scope()
 

@@ -139,18 +139,18 @@ with `native=True`; sizes of images must be known |
     _check_requirements(file_format)
     program = _plan(model, file_format, integers)
 
-    def write_checked(model: keras.Model) -> ExportReport:
+    def write_checked(source: keras.Model) -> ExportReport:
         # One for all threads: writers and checks use switches of the whole process.
         with class_swap.lock:
             return _write_checked(
-                model,
+                source,
                 target,
                 file_format,
                 native,
                 sample,
                 tolerance,
                 # A copy, on one device, has steps of its own.
-                program=_plan(model, file_format, integers) if program is not None else None,
+                program=program if source is model else _plan(source, file_format, integers),
                 rules=rules,
                 options=options,
             )

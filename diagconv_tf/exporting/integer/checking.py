@@ -100,7 +100,7 @@ def share_within(
     right = []
     for pair in values.values():
         one, other = (np.concatenate(side) for side in pair)
-        span = np.max(other, initial=0.0) - np.min(other, initial=0.0)
+        span: float = np.max(other, initial=0.0) - np.min(other, initial=0.0)
         right.append(np.abs(one - other) <= steps * span / _LEVELS)
     return float(np.concatenate(right).mean())
 

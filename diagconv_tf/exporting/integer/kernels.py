@@ -86,11 +86,14 @@ class IntegerKernel:
         """The kernel for the codes of inputs on `grid`, in place of the inputs.
 
         Weights are multiplied as far as 8 bits allow: the bias is rounded to a multiple of
-        the product of the scales of inputs and kernel, which so becomes smaller.
+        the product of the scales of inputs and kernel, which so becomes smaller. The factor
+        is odd, as DoReFa's weights are: so no sum is midway between two outputs on a grid
+        like that of the inputs, where float roundings would decide.
         """
         largest = _LARGEST_WEIGHT if grid.levels <= 127 else _LARGEST_WEIGHT_OF_8_BITS
-        factor = max(1, largest // max(1, int(np.abs(self.codes).max(initial=0))))
-        codes = self.codes.astype("float64") * factor
+        factor = largest // max(1, int(np.abs(self.codes).max(initial=0)))
+        factor = max(1, factor - (factor + 1) % 2)
+        codes: np.ndarray = self.codes.astype("float64") * factor
         scales = self.scales * (grid.scale / factor)
         moved = codes.reshape(-1, codes.shape[-1]).sum(0) * scales * (grid.offset / grid.scale)
         bias = self.bias - moved
@@ -98,8 +101,8 @@ class IntegerKernel:
         # nor so small that the bias is too large in its terms.
         least = np.maximum(np.abs(bias) / _LARGEST_BIAS, np.finfo("float32").tiny)
         raised = np.maximum(scales, least)
-        codes = np.round(codes * (scales / raised))
-        return dataclasses.replace(self, codes=codes.astype("int8"), scales=raised, bias=bias)
+        codes = np.round(codes * (scales / raised)).astype("int8")
+        return dataclasses.replace(self, codes=codes, scales=raised, bias=bias)
 
     def integer_bias(self, offset: float) -> np.ndarray:
         """The bias, plus `offset`, in int32: multiples of `scales`."""

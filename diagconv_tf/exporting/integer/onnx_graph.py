@@ -21,7 +21,7 @@ import numpy as np
 
 from diagconv_tf.exporting.integer.kernels import Grid, IntegerKernel
 from diagconv_tf.exporting.integer.plan import IntegerStep, Program, rectified
-from diagconv_tf.exporting.integer.steps import Step
+from diagconv_tf.exporting.integer.steps import Step, StepsLayer
 from diagconv_tf.exporting.report import ExportError
 from diagconv_tf.exporting.tensors import Leaf, leaves, match
 from diagconv_tf.lowbit.layers import LowBitDense
@@ -105,13 +105,13 @@ class _OnnxWriter:
 
     def _outputs(self) -> list[Any]:
         by_tensor: dict[int, str] = {}
-        found = leaves(self._program.model.output)
+        found = leaves(self._calls.output)
         if keras.backend.backend() != "torch":
             found.sort(key=lambda leaf: leaf.path)
         infos = []
         for leaf in found:
             by_tensor[id(leaf.value)] = leaf.name or "/".join(map(str, leaf.path))
-        flat = keras.tree.flatten(self._program.model.output)
+        flat = keras.tree.flatten(self._calls.output)
         numbers = {id(t): n for t, n in zip(flat, self._calls.outputs, strict=True)}
         for leaf in found:
             number, name = numbers[id(leaf.value)], by_tensor[id(leaf.value)]
@@ -387,10 +387,8 @@ class _OnnxWriter:
             )
             for n in taken
         }
-        values: dict[int, Any] = dict(inputs)
-        for step in part:
-            values.update(zip(step.outputs, step.call(values), strict=True))
-        model = keras.Model(list(inputs.values()), [values[n] for n in given])
+        outputs = StepsLayer(part, taken, given)(list(inputs.values()))
+        model = keras.Model(list(inputs.values()), outputs)
         model(list(inputs.values()))  # Keras exports no model that was never called.
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "part.onnx")

@@ -254,8 +254,6 @@ class _Planning:
             yield "its kernel is float"
         if layer.compute_dtype != "float32":
             yield f"it computes in {layer.compute_dtype}"
-        if len(step.inputs) != 1:
-            yield "it is called with several tensors"
         if isinstance(layer, LowBitDense):
             yield from self._why_not_sum(layer, grid)
             return

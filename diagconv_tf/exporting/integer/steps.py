@@ -51,12 +51,14 @@ class Steps:
         inputs: numbers of the model's inputs, in the order of `keras.tree.flatten`.
         outputs: the same of its outputs.
         values: number → a symbolic tensor, for shape and dtype.
+        output: the model's symbolic outputs, in their structure.
     """
 
     steps: tuple[Step, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     values: Mapping[int, keras.KerasTensor]
+    output: Any
 
     def shape(self, number: int) -> tuple[int | None, ...]:
         return tuple(self.values[number].shape)
@@ -70,7 +72,8 @@ def flat_steps(model: keras.Model) -> Steps | None:
     flattening = _Flattening({id(placed.layer): placed.path for placed in walk_layers(model)})
     inputs = [flattening.number(tensor) for tensor in graph.inputs]
     outputs = flattening.follow(graph, inputs)
-    return Steps(tuple(flattening.steps), tuple(inputs), tuple(outputs), flattening.values)
+    steps = tuple(flattening.steps)
+    return Steps(steps, tuple(inputs), tuple(outputs), flattening.values, graph.output)
 
 
 class _Flattening:
@@ -111,3 +114,29 @@ class _Flattening:
                     )
                 found.update({id(t): n for t, n in zip(node.outputs, given, strict=True)})
         return [found[id(tensor)] for tensor in graph.outputs]
+
+
+class StepsLayer(keras.layers.Layer):
+    """Steps as a layer, which calls their operations.
+
+    Not as a functional model: of layers from several models two may have one name.
+
+    Args:
+        steps: the steps, in order.
+        inputs: numbers of the values that the layer takes, as a list.
+        outputs: numbers of the values that it gives, as a list.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int]
+    ) -> None:
+        super().__init__(name="steps", autocast=False)
+        self._steps, self._inputs, self._outputs = tuple(steps), tuple(inputs), tuple(outputs)
+        # Tracked with their weights.
+        self.operations = [s.operation for s in steps if isinstance(s.operation, keras.Layer)]
+
+    def call(self, inputs: list[Any]) -> list[Any]:
+        values = dict(zip(self._inputs, inputs, strict=True))
+        for step in self._steps:
+            values.update(zip(step.outputs, step.call(values), strict=True))
+        return [values[number] for number in self._outputs]

@@ -13,6 +13,8 @@ from keras import ops
 from diagconv_tf import class_swap
 from diagconv_tf.class_swap import LayerState
 from diagconv_tf.copying import copy_model
+from diagconv_tf.exporting.integer import plan_integers
+from diagconv_tf.exporting.integer.checking import rounded_biases
 from diagconv_tf.lowbit.bit_layers import BitConv2D, BitDense, bit_layer, fill, why_not_bits
 from diagconv_tf.lowbit.graph import layer_facts
 from diagconv_tf.lowbit.layers import kernels_of, operands_of
@@ -40,9 +42,12 @@ def deploy(
 
     Args:
         model: a built Keras model with low-bit layers. It is not changed.
-        kernels: `"float"`, or `"bits"`: dense layers and convolutions whose kernel and
-            inputs are both quantized become `BitDense` and `BitConv2D`, which keep and
-            multiply packed integers (arXiv 1606.06160, equation 3). The model must be
+        kernels: `"float"`, `"int8"`, or `"bits"`. With `"int8"`, biases (or the betas of batch
+            norms) are rounded, too, as files of 8-bit integers hold them: the copy computes
+            what the file does that `export` makes of it. Without that, `export` rounds them
+            in the file alone. With `"bits"`, dense layers and convolutions whose kernel and inputs
+            are both quantized become `BitDense` and `BitConv2D`, which keep and multiply
+            packed integers (arXiv 1606.06160, equation 3). The model must be
             functional or sequential, and the copy is not compiled. One log message says
             which low-bit layers stay as they are, and why.
         rules: those that `rewrite` was given.
@@ -53,11 +58,14 @@ def deploy(
     Raises:
         ValueError: if `model` is not a built Keras model, has no low-bit layer, or holds one
             whose class no rule names; or if no faithful copy of it can be made. With
-            `kernels="bits"`, if no layer can multiply bits, or the model has no graph.
+            `kernels="int8"`, or `"bits"`, if no layer can multiply such integers, or the model
+            has no graph.
     """
     check_built(model)
-    if kernels not in ("float", "bits"):
-        raise ValueError(f'Expected `kernels` to be "float" or "bits". Received: {kernels!r}')
+    if kernels not in ("float", "int8", "bits"):
+        raise ValueError(
+            f'Expected `kernels` to be "float", "int8" or "bits". Received: {kernels!r}'
+        )
     with class_swap.lock:
         _check_low_bit(model)
         if kernels == "bits":
@@ -82,7 +90,25 @@ def deploy(
             state = LayerState.of(layer).with_lowering(family, STOCK)
             states.append(state.with_operands(family, Operands(inputs=operands.inputs)))
         class_swap.swap(target, states)
-        return target if kernels == "float" else _with_bits(model, target)
+        if kernels == "int8":
+            _round_biases(target)
+        return _with_bits(model, target) if kernels == "bits" else target
+
+
+def _round_biases(model: keras.Model) -> None:
+    """Rounds the biases of a deployed model as files of integers hold them."""
+    # On grids that layers round to, the formats agree.
+    program = plan_integers(model, "onnx")
+    if program is None or not program.plan.integer_calls:
+        reasons = "" if program is None else f": {program.plan.reasons_text}"
+        raise ValueError(
+            f"Expected a layer that can multiply 8-bit integers. Received: none in '{model.name}'"
+            f"{reasons}"
+        )
+    values = rounded_biases(program)
+    for variable in model.variables:
+        if id(variable) in values:
+            variable.assign(values[id(variable)])
 
 
 def _check_bits(model: keras.Model) -> None:

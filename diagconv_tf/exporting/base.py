@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from diagconv_tf.exporting.integer import Program
 from diagconv_tf.exporting.sample_inputs import SampleInputs
 
 #: Runs an exported file, and returns its outputs with the names that it gives them.
@@ -44,12 +45,14 @@ class Format(abc.ABC):
         depthwise_op: its name for the depthwise convolution.
         counts_one_channel: whether its depthwise convolution of a single channel
             differs from an ordinary convolution.
+        holds_integers: whether layers of its files can multiply 8-bit integers.
     """
 
     name: str
     suffix: str
     depthwise_op: str
     counts_one_channel: bool = True
+    holds_integers: bool = False
 
     @abc.abstractmethod
     def requirements(self) -> list[Requirement]:
@@ -70,6 +73,22 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def load(self, path: str) -> tuple[Runner, str]:
         """A function that runs the file, and the name and version of the runtime."""
+
+    def write_integers(self, program: Program, path: str, options: dict[str, Any]) -> None:
+        """Writes a model whose planned layers multiply integers; `options` as for `write`.
+
+        Raises:
+            ValueError: if this backend cannot.
+        """
+        raise ValueError(f"Expected a format that holds integers. Received: {self.name}")
+
+    def count_integers(self, path: str) -> int:
+        """How many convolutions and matrix products of a file run on 8-bit integers."""
+        return 0
+
+    @abc.abstractmethod
+    def caller(self, path: str, inputs: SampleInputs) -> Callable[[], Any]:
+        """A function that runs the file on `inputs`, and does little else, to be timed."""
 
     @property
     def has_dynamic_batch(self) -> bool:

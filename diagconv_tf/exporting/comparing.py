@@ -107,7 +107,15 @@ class Reference:
 
     @classmethod
     def of(
-        cls, model: keras.Model, sample: Any, has_dynamic_batch: bool, rules: Sequence[Rule]
+        cls,
+        model: keras.Model,
+        sample: Any,
+        has_dynamic_batch: bool,
+        rules: Sequence[Rule],
+        *,
+        run: KerasRun | None = None,
+        examples: int = 3,
+        draws: int = _DRAWS,
     ) -> Reference:
         """Runs `model`.
 
@@ -116,15 +124,18 @@ class Reference:
             sample: a batch of inputs, or None.
             has_dynamic_batch: whether files take any number of examples.
             rules: those that the model was rewritten with.
+            run: the model as a function, with the weights to use; None uses the model's.
+            examples: how many are drawn where there is no sample.
+            draws: of the random factors; without any, the sizes are those of the numbers.
 
         Raises:
             ExportError: if the model does not run on the inputs.
             ValueError: if `sample` is no batch, or is needed and not given, or the
                 outputs are not finite.
         """
-        run = KerasRun(model)
+        run = run or KerasRun(model)
         refusal: Exception | None = None
-        for pair in sample_inputs(model, sample):
+        for pair in sample_inputs(model, sample, examples):
             inputs: tuple[SampleInputs, ...] = pair if has_dynamic_batch else pair[:1]
             try:
                 with counted_depthwise_calls(model, rules) as calls:
@@ -146,7 +157,7 @@ class Reference:
                 "pass inputs that the model is made for as `sample`"
             )
         dtype = _coarsest_dtype(model, {str(array.dtype) for array in flat})
-        expected = _with_sizes(run, inputs, outputs, TOLERANCES[dtype])
+        expected = _with_sizes(run, inputs, outputs, TOLERANCES[dtype], draws)
         layers = {placed.path: placed.layer for placed in walk_layers(model)}
         return cls(inputs, expected, dtype, tuple(_input_channels(layers[path]) for path in calls))
 
@@ -172,6 +183,23 @@ class Reference:
         ]
         # `np.max` passes NaN on; `max` may lose it.
         return Difference(*map(float, np.max(differences, axis=0)))
+
+    def matched(self, outputs: Sequence[Sequence[tuple[str, np.ndarray]]]) -> list[list[Leaf]]:
+        """A file's outputs, in terms of the model's.
+
+        Args:
+            outputs: as for `difference`.
+
+        Raises:
+            ExportError: if number or shapes of outputs differ.
+        """
+        return [
+            [
+                dataclasses.replace(wanted.leaf, value=array)
+                for array, wanted in _matched(of_batch, expected)
+            ]
+            for of_batch, expected in zip(outputs, self.outputs, strict=True)
+        ]
 
 
 def _distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -199,12 +227,13 @@ def _with_sizes(
     inputs: Sequence[SampleInputs],
     outputs: Sequence[Sequence[Leaf]],
     perturbation: float,
+    draws: int,
 ) -> tuple[tuple[ExpectedOutput, ...], ...]:
     expected = tuple(
         tuple(ExpectedOutput(leaf, np.abs(leaf.value.astype("float64"))) for leaf in of_batch)
         for of_batch in outputs
     )
-    for seed in range(_DRAWS):
+    for seed in range(draws):
         rng = np.random.default_rng(seed)
         weights = perturbed(run.weights, perturbation, rng)
         for each, of_batch in zip(inputs, expected, strict=True):

@@ -14,19 +14,35 @@ from typing import Any
 
 import keras
 import numpy as np
+from absl import logging
 
 from diagconv_tf import class_swap, distribution, files
 from diagconv_tf.copying import copy_model
 from diagconv_tf.exporting.base import Format
 from diagconv_tf.exporting.comparing import Reference
+from diagconv_tf.exporting.integer import Program, plan_integers
+from diagconv_tf.exporting.integer.checking import (
+    EXAMPLES,
+    STEPS,
+    IntegerReference,
+    share_within,
+    with_rounded_biases,
+)
+from diagconv_tf.exporting.keras_run import KerasRun
 from diagconv_tf.exporting.litert import LiteRT
-from diagconv_tf.exporting.native import native_convolutions
+from diagconv_tf.exporting.native import float_operands, native_convolutions
 from diagconv_tf.exporting.onnx import Onnx
-from diagconv_tf.exporting.report import ExportError, ExportReport
+from diagconv_tf.exporting.report import ExportError, ExportReport, IntegerReport
 from diagconv_tf.exporting.saved_model import SavedModel
+from diagconv_tf.exporting.tensors import Leaf
 from diagconv_tf.model_tree import check_built, walk_layers
 from diagconv_tf.rules import DEFAULT_RULES, Rule
 from diagconv_tf.text import summarize_error
+from diagconv_tf.timing import time_interleaved
+
+#: Calls of each file that are timed, and in how many seconds at most.
+_TIMED_ROUNDS = 50
+_TIMED_SECONDS = 1.0
 
 FORMATS: tuple[Format, ...] = (SavedModel(), LiteRT(), Onnx())
 
@@ -40,6 +56,7 @@ def export(
     overwrite: bool = False,
     sample: Any = None,
     tolerance: float | None = None,
+    integers: bool | None = None,
     rules: Sequence[Rule] = DEFAULT_RULES,
     **options: Any,
 ) -> ExportReport:
@@ -66,6 +83,10 @@ with `native=True`; sizes of images must be known |
     In half precision SavedModels work, ONNX works for float16 on TensorFlow and
     PyTorch, and LiteRT does not. What does not work raises an `ExportError`.
 
+    Of what `deploy` returns, LiteRT and ONNX files multiply 8-bit integers (docs/exporting.md,
+    "Integer files"); only TensorFlow writes the former. They are compared in another way:
+    rounding to a neighbouring integer is no error, and there are always some.
+
     One export of a process runs at a time; further threads that export or rewrite
     wait. Other threads may call the model meanwhile. While TensorFlow writes ONNX,
     `tf.function`s of other threads run eagerly.
@@ -88,7 +109,12 @@ with `native=True`; sizes of images must be known |
             scale of its channel (`exporting/comparing.py` defines it). The default
             is that of the coarsest precision in the model: 1e-12 for float64, 1e-4
             for float32, 0.02 for float16, 0.15 for bfloat16. Files that are
-            quantised need more.
+            quantised by `options` need more. For integers: by how many steps outputs
+            may differ, of which 255 span them; 99 % must not differ more. The default
+            is 1.
+        integers: whether layers multiply integers. None means those of a deployed model
+            in LiteRT and ONNX files; True refuses models without such layers; False
+            writes floats, with the rounding of inputs as operations of their own.
         rules: those that `rewrite` was given.
         **options: for `keras.Model.export`, such as `opset_version` for ONNX
             or `optimizations` for LiteRT.
@@ -98,7 +124,8 @@ with `native=True`; sizes of images must be known |
 
     Raises:
         ValueError: if an argument is not as described, the backend cannot write
-            the format, or a variable is sharded among processes.
+            the format, or a variable is sharded among processes. With integers, if a
+            kernel has 8 bits, or the model has no graph.
         FileExistsError: if `path` exists, unless `overwrite`.
         ImportError: if a package is missing.
         ExportError: if the export fails, the file does not run, its outputs
@@ -110,12 +137,22 @@ with `native=True`; sizes of images must be known |
     check_built(model)
     target = _check_path(path, file_format, overwrite)
     _check_requirements(file_format)
+    program = _plan(model, file_format, integers)
 
-    def write_checked(model: keras.Model) -> ExportReport:
+    def write_checked(source: keras.Model) -> ExportReport:
         # One for all threads: writers and checks use switches of the whole process.
         with class_swap.lock:
             return _write_checked(
-                model, target, file_format, native, sample, tolerance, rules=rules, options=options
+                source,
+                target,
+                file_format,
+                native,
+                sample,
+                tolerance,
+                # A copy, on one device, has steps of its own.
+                program=program if source is model else _plan(source, file_format, integers),
+                rules=rules,
+                options=options,
             )
 
     if not distribution.is_distributed(model):
@@ -136,12 +173,24 @@ def _write_checked(
     sample: Any,
     tolerance: float | None,
     *,
+    program: Program | None,
     rules: Sequence[Rule],
     options: dict[str, Any],
 ) -> ExportReport:
     """`export` of a model on one device to a path that has been checked."""
-    reference = Reference.of(model, sample, file_format.has_dynamic_batch, rules)
-    tolerance = reference.tolerance if tolerance is None else tolerance
+    is_dynamic = file_format.has_dynamic_batch
+    wanted = None
+    if program is None:
+        reference = Reference.of(model, sample, is_dynamic, rules)
+        tolerance = reference.tolerance if tolerance is None else tolerance
+    else:
+        tolerance = STEPS if tolerance is None else tolerance
+        run = KerasRun(model)
+        given, run.weights = run.weights, with_rounded_biases(program, run)
+        reference = Reference.of(
+            model, sample, is_dynamic, rules, run=run, examples=EXAMPLES, draws=0
+        )
+        wanted = IntegerReference.of(run, given, reference, tolerance)
     calls = len(reference.depthwise_channels)
     if not file_format.counts_one_channel:
         calls -= reference.depthwise_channels.count(1)
@@ -156,18 +205,30 @@ def _write_checked(
                 native_convolutions(model, rules) if native else contextlib.nullcontext(),
                 _for_inference(),
             ):
-                _write(file_format, model, written, options)
+                _write(file_format, model, written, options, program)
             found = _count_depthwise(file_format, written, calls if native else 0)
             runtime, outputs = _run(file_format, written, reference)
             difference = reference.difference(outputs)
+            integers = None
+            if program is not None and wanted is not None:
+                shares = _check_integers(file_format, reference.matched(outputs), wanted)
+                with native_convolutions(model, rules) if native else contextlib.nullcontext():
+                    integers = dataclasses.replace(
+                        _compared_with_float(
+                            file_format, written, program, reference, options, rules
+                        ),
+                        share_within=shares[0],
+                        share_of_given=shares[1],
+                        steps=tolerance,
+                    )
             # Not `>`: NaN must not pass.
-            if not difference.relative <= tolerance:
+            elif not difference.relative <= tolerance:
                 raise ExportError(
                     f"Expected the exported {file_format.name} to differ from Keras by at most "
                     f"{tolerance:.2g} of the outputs' scale. Received: {difference.relative:.2g} "
                     f"({difference.absolute:.2g} absolute) in {runtime}"
                 )
-        size = sum(file.stat().st_size for file in pathlib.Path(aside).rglob("*") if file.is_file())
+        size = _size(written)
         files.replace(target, written)
     return ExportReport(
         path=target,
@@ -180,10 +241,102 @@ def _write_checked(
         depthwise_found=found,
         max_difference=difference.absolute,
         max_relative_difference=difference.relative,
-        tolerance=tolerance,
+        tolerance=tolerance if integers is None else None,
         batch_sizes=tuple(inputs.batch_size for inputs in reference.inputs),
         runtime=runtime,
+        integers=integers,
     )
+
+
+def _size(path: str) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    whole = pathlib.Path(path)
+    files_in = [whole] if whole.is_file() else [f for f in whole.rglob("*") if f.is_file()]
+    return sum(file.stat().st_size for file in files_in)
+
+
+def _plan(model: keras.Model, file_format: Format, integers: bool | None) -> Program | None:
+    """How a file multiplies integers; None for one of floats."""
+    if integers is None and not file_format.holds_integers:
+        return None
+    if integers is False:
+        return None
+    if not file_format.holds_integers:
+        raise ValueError(
+            "Expected format='litert' or format='onnx', which hold integers, for integers=True. "
+            f"Received: format='{file_format.name}'"
+        )
+    program = plan_integers(model, file_format.name)
+    if program is not None and program.plan.integer_calls:
+        return program
+    reasons = "it has none" if program is None else program.plan.reasons_text
+    if integers:
+        raise ValueError(
+            "Expected a model from `deploy`, with layers that can multiply integers. "
+            f"Received: '{model.name}': {reasons}"
+        )
+    if program is not None:
+        logging.warning("%s: no layer of the file multiplies integers. %s", model.name, reasons)
+    return None
+
+
+def _check_integers(
+    file_format: Format, outputs: list[list[Leaf]], reference: IntegerReference
+) -> tuple[float, float]:
+    """The shares of numbers near those of the model with rounded biases, and as given."""
+    steps, least = reference.steps, reference.least_share
+    share = share_within(outputs, reference.wanted, steps)
+    if not share >= least:
+        raise ExportError(
+            f"Expected {least:.1%} of the outputs of the exported {file_format.name} within "
+            f"{steps:g} of Keras's, in steps of which 255 span an output. Received: {share:.1%}; "
+            "pass more, and real, inputs as `sample`, or a larger `tolerance`"
+        )
+    return share, share_within(outputs, reference.given, steps)
+
+
+def _compared_with_float(
+    file_format: Format,
+    path: str,
+    program: Program,
+    reference: Reference,
+    options: dict[str, Any],
+    rules: Sequence[Rule],
+) -> IntegerReport:
+    """Counts a file's integer operations, and compares it with a file of floats."""
+    found, planned = file_format.count_integers(path), program.plan.integer_calls
+    if found < planned:
+        raise ExportError(
+            f"Expected the exported {file_format.name} to run {planned} convolutions and matrix "
+            f"products of integers. Received: {found}; integers=False writes floats"
+        )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        floats = os.path.join(folder, os.path.basename(path))
+        with float_operands(program.model, rules), _for_inference():
+            _write(file_format, program.model, floats, options)
+        one = reference.inputs[0]
+        timings = time_interleaved(
+            {p: file_format.caller(p, one) for p in (path, floats)},
+            rounds=_TIMED_ROUNDS,
+            warmup=3,
+            budget_seconds=_TIMED_SECONDS,
+        )
+        for timing in timings.values():
+            if timing.error is not None:
+                raise ExportError(
+                    f"The exported {file_format.name} does not run: {timing.error}"
+                ) from timing.error
+        seconds, float_seconds = (float(t.median or 0.0) for t in timings.values())
+        return IntegerReport(
+            plan=program.plan,
+            operations=found,
+            share_within=1.0,
+            share_of_given=1.0,
+            steps=0.0,
+            float_file_bytes=_size(floats),
+            seconds=seconds,
+            float_seconds=float_seconds,
+        )
 
 
 def _find_format(name: str) -> Format:
@@ -278,12 +431,21 @@ def _for_inference() -> Iterator[None]:
         is_for_inference.reset(token)
 
 
-def _write(file_format: Format, model: keras.Model, path: str, options: dict[str, Any]) -> None:
+def _write(
+    file_format: Format,
+    model: keras.Model,
+    path: str,
+    options: dict[str, Any],
+    program: Program | None = None,
+) -> None:
     with warnings.catch_warnings():
         # Converters warn of what may go wrong; whether it did is checked.
         warnings.simplefilter("ignore")
         try:
-            file_format.write(model, path, options)
+            if program is None:
+                file_format.write(model, path, options)
+            else:
+                file_format.write_integers(program, path, options)
         except Exception as error:
             raise ExportError(
                 f"Keras could not export the model as {file_format.name} on the "

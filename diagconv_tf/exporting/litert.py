@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -16,8 +17,10 @@ from diagconv_tf.exporting.base import (
     keras_version,
     with_version,
 )
+from diagconv_tf.exporting.integer import Program
 from diagconv_tf.exporting.sample_inputs import SampleInputs
 from diagconv_tf.exporting.tensors import match
+from diagconv_tf.preserving import preserved_state
 
 
 class LiteRT(Format):
@@ -26,6 +29,7 @@ class LiteRT(Format):
     name = "litert"
     suffix = ".tflite"
     depthwise_op = "DEPTHWISE_CONV_2D"
+    holds_integers = True
 
     def requirements(self) -> list[Requirement]:
         if keras_version() < (3, 13):
@@ -42,17 +46,27 @@ class LiteRT(Format):
     def write(self, model: keras.Model, path: str, options: dict[str, Any]) -> None:
         model.export(path, format=self.name, verbose=False, **options)
 
-    def count_depthwise(self, path: str) -> int | None:
-        from ai_edge_litert import schema_py_generated as schema
+    def write_integers(self, program: Program, path: str, options: dict[str, Any]) -> None:
+        if keras.backend.backend() != "tensorflow":
+            raise can_only_elsewhere(
+                self.name,
+                "TensorFlow's converter, which writes integers, does not run (integers=False "
+                "writes floats)",
+            )
+        import tensorflow as tf
 
-        with open(path, "rb") as opened:
-            model = schema.ModelT.InitFromPackedBuf(opened.read(), 0)
-        codes = [code.builtinCode for code in model.operatorCodes]
-        return sum(
-            codes[operator.opcodeIndex] == schema.BuiltinOperator.DEPTHWISE_CONV_2D
-            for graph in model.subgraphs
-            for operator in graph.operators or ()
-        )
+        from diagconv_tf.exporting.integer.litert_model import litert_model
+
+        with preserved_state(program.model):
+            model = litert_model(program)
+            self.write(model, path, {"optimizations": [tf.lite.Optimize.DEFAULT], **options})
+
+    def count_depthwise(self, path: str) -> int | None:
+        return sum(kind == "DEPTHWISE_CONV_2D" for kind, _ in _operators(path))
+
+    def count_integers(self, path: str) -> int:
+        kinds = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL")
+        return sum(kind in kinds and types == ("INT8", "INT8") for kind, types in _operators(path))
 
     def load(self, path: str) -> tuple[Runner, str]:
         from ai_edge_litert.interpreter import Interpreter
@@ -69,9 +83,42 @@ class LiteRT(Format):
 
         return run, with_version("ai-edge-litert")
 
+    def caller(self, path: str, inputs: SampleInputs) -> Callable[[], Any]:
+        from ai_edge_litert.interpreter import Interpreter
+
+        interpreter = Interpreter(path)
+        # A signature sizes and prepares all tensors in each call.
+        details = interpreter.get_signature_runner("serving_default").get_input_details()
+        names = sorted(details, key=_numbers)
+        pairs = list(zip(names, match(names, inputs.leaves), strict=True))
+        for name, leaf in pairs:
+            interpreter.resize_tensor_input(details[name]["index"], leaf.value.shape)
+        interpreter.allocate_tensors()
+        for name, leaf in pairs:
+            interpreter.set_tensor(details[name]["index"], leaf.value)
+        return interpreter.invoke
+
     @property
     def has_dynamic_batch(self) -> bool:
         return keras.backend.backend() != "torch"
+
+
+def _operators(path: str) -> list[tuple[str, tuple[str, ...]]]:
+    """The kind of each operator of a file, and the types of its first two inputs."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    with open(path, "rb") as opened:
+        model = schema.ModelT.InitFromPackedBuf(opened.read(), 0)
+    kinds = {number: name for name, number in vars(schema.BuiltinOperator).items()}
+    types = {number: name for name, number in vars(schema.TensorType).items()}
+    return [
+        (
+            kinds[model.operatorCodes[operator.opcodeIndex].builtinCode],
+            tuple(types[graph.tensors[i].type] for i in operator.inputs[:2]),
+        )
+        for graph in model.subgraphs
+        for operator in (graph.operators if graph.operators is not None else ())
+    ]
 
 
 def _numbers(name: str) -> list[int]:

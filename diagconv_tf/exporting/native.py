@@ -64,6 +64,18 @@ def _native_state(state: LayerState, rules: Sequence[Rule]) -> LayerState:
 
 
 @contextlib.contextmanager
+def float_operands(model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES) -> Iterator[None]:
+    """Inside, no layer of the model rounds its operands."""
+
+    def change(state: LayerState) -> LayerState:
+        family = find_family(state.layer_class, rules)
+        return state.with_operands(family, None) if family and state.operands else state
+
+    with swapped([place.layer for place in walk_layers(model)], change):
+        yield
+
+
+@contextlib.contextmanager
 def counted_depthwise_calls(
     model: keras.Model, rules: Sequence[Rule] = DEFAULT_RULES
 ) -> Iterator[list[str]]:

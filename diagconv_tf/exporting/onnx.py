@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
 from diagconv_tf.exporting.base import Format, Requirement, Runner, keras_version, with_version
+from diagconv_tf.exporting.integer import Program
 from diagconv_tf.exporting.sample_inputs import SampleInputs
 from diagconv_tf.exporting.tensors import match
 
@@ -23,6 +26,7 @@ class Onnx(Format):
     depthwise_op = "Conv with group == channels"
     # It is a `Conv` of one group, like any other.
     counts_one_channel = False
+    holds_integers = True
 
     def requirements(self) -> list[Requirement]:
         backend = keras.backend.backend()
@@ -38,6 +42,11 @@ class Onnx(Format):
         with _mended_conversion():
             model.export(path, format=self.name, verbose=False, **options)
 
+    def write_integers(self, program: Program, path: str, options: dict[str, Any]) -> None:
+        from diagconv_tf.exporting.integer.onnx_graph import write_onnx
+
+        write_onnx(program, path, options, self.write)
+
     def count_depthwise(self, path: str) -> int | None:
         import onnx
         from onnx import inliner, shape_inference
@@ -48,20 +57,25 @@ class Onnx(Format):
         # With data propagation, kernels that the graph computes have a shape too.
         return _count_depthwise(shape_inference.infer_shapes(model, data_prop=True).graph, {})
 
+    def count_integers(self, path: str) -> int:
+        import onnx
+
+        if not _has_onnxruntime():
+            return _count_integers(onnx.load(path).graph)
+        # Its optimizer makes integer operations of groups.
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = os.path.join(folder, "optimized.onnx")
+            _session(path, optimized)
+            return _count_integers(onnx.load(optimized).graph)
+
     def load(self, path: str) -> tuple[Runner, str]:
         import onnx
 
         graph = onnx.load(path, load_external_data=False).graph
         input_names = [value.name for value in graph.input]
         output_names = [value.name for value in graph.output]
-        if Requirement("onnxruntime", "").is_installed:
-            import onnxruntime
-
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3  # Errors; it warns of what it optimises.
-            execute = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
-            ).run
+        if _has_onnxruntime():
+            execute = _session(path).run
             runtime = with_version("onnxruntime")
         else:
             from onnx.reference import ReferenceEvaluator
@@ -75,6 +89,57 @@ class Onnx(Format):
             return list(zip(output_names, execute(None, feed), strict=True))
 
         return run, runtime
+
+    def caller(self, path: str, inputs: SampleInputs) -> Callable[[], Any]:
+        run, _ = self.load(path)
+        return lambda: run(inputs)
+
+
+def _has_onnxruntime() -> bool:
+    return Requirement("onnxruntime", "").is_installed
+
+
+def _session(path: str, optimized: str | None = None) -> Any:
+    """A session of onnxruntime for a file, on the CPU.
+
+    Args:
+        path: the file.
+        optimized: where to write the graph that it runs.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # Errors; it warns of what it optimises.
+    if optimized is not None:
+        options.optimized_model_filepath = optimized
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+#: Operations of integers, in files and in what onnxruntime makes of them.
+_INTEGER_OPERATIONS = {
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "QGemm",
+    "QLinearConv",
+    "QLinearMatMul",
+}
+
+
+def _count_integers(graph: Any) -> int:
+    """How many operations multiply integers, or are such a group: see `onnx_graph.py`."""
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    grouped = ("Conv", "MatMul")
+    # Without onnxruntime, groups are as they were written.
+    return sum(
+        node.op_type in _INTEGER_OPERATIONS
+        or (
+            node.op_type in grouped
+            and not _has_onnxruntime()
+            and {makers.get(name) for name in node.input[:2]} == {"DequantizeLinear"}
+        )
+        for node in graph.node
+    )
 
 
 def _count_depthwise(graph: Any, outer_shapes: Mapping[str, list[int]]) -> int:
@@ -90,7 +155,7 @@ def _count_depthwise(graph: Any, outer_shapes: Mapping[str, list[int]]) -> int:
     count = 0
     for node in graph.node:
         attributes = {attribute.name: attribute for attribute in node.attribute}
-        if node.op_type == "Conv" and "group" in attributes:
+        if node.op_type in ("Conv", "ConvInteger") and "group" in attributes:
             groups = attributes["group"].i
             # Inputs are (examples, channels, …), kernels (outputs, channels per group, …).
             channels, per_group = (shapes.get(name, [])[1:2] for name in node.input[:2])

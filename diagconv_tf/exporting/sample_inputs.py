@@ -34,7 +34,9 @@ class SampleInputs:
         return len(self.leaves[0].value)
 
 
-def sample_inputs(model: keras.Model, sample: Any) -> Iterator[tuple[SampleInputs, SampleInputs]]:
+def sample_inputs(
+    model: keras.Model, sample: Any, examples: int = 3
+) -> Iterator[tuple[SampleInputs, SampleInputs]]:
     """Yields pairs of inputs with one example, and with more than one.
 
     There is one pair. Only where sizes of images are unknown there are several, from
@@ -43,6 +45,7 @@ def sample_inputs(model: keras.Model, sample: Any) -> Iterator[tuple[SampleInput
     Args:
         model: a built model.
         sample: a batch of inputs; None draws random numbers, always the same.
+        examples: how many are drawn where more than one is meant.
 
     Raises:
         ValueError: if `sample` is no batch, or is needed and not given.
@@ -67,7 +70,7 @@ def sample_inputs(model: keras.Model, sample: Any) -> Iterator[tuple[SampleInput
         )
     is_open = any(None in tensor.shape[1:] for tensor in keras.tree.flatten(declared))
     for alone, together in _SIZES if is_open else _SIZES[:1]:
-        yield named(_random(declared, 1, alone)), named(_random(declared, 3, together))
+        yield named(_random(declared, 1, alone)), named(_random(declared, examples, together))
 
 
 def _split(sample: Any) -> tuple[Any, Any]:

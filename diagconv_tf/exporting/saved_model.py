@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -64,6 +64,10 @@ class SavedModel(Format):
                 return [(leaf.name or "", np.asarray(leaf.value)) for leaf in outputs]
 
         return run, f"tensorflow {tf.__version__}"
+
+    def caller(self, path: str, inputs: SampleInputs) -> Callable[[], Any]:
+        run, _ = self.load(path)
+        return lambda: run(inputs)
 
 
 def _count(op: str, nodes: Any, functions: Mapping[str, Any]) -> int:

@@ -229,7 +229,7 @@ def test_units_behind_zeros_stay_away_without_the_callback():
     model = deep("tanh")
     model.compile(keras.optimizers.Adam(0.01), "mse")
     simplify = MeSimp(rate=0.3, prune_every=1.0)
-    model.fit(X, Y, batch_size=BATCH, verbose=0, callbacks=[simplify])
+    model.fit(X, Y, batch_size=BATCH, verbose=0, callbacks=[simplify], validation_data=(X, Y))
     removed = unit_graph(model).removed()
     assert removed.any()
     model.fit(X, Y, batch_size=BATCH, epochs=2, verbose=0)
@@ -238,6 +238,36 @@ def test_units_behind_zeros_stay_away_without_the_callback():
     assert compact(attached(copy_model(model))).count_params() == compact(model).count_params()
     for other in (restore(model), rewrite(model, MinimalEffort(k=3)), copy_model(model)):
         np.testing.assert_array_equal(unit_graph(other).removed(), removed)
+
+
+def test_channels_of_pointwise_convolutions_are_removed():
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((6, 6, 2))
+    for name in ("a", "b"):
+        x = layers.Conv2D(8, 1, use_bias=False, name=name)(x)
+        x = layers.ReLU(6.0)(layers.BatchNormalization()(x))
+        x = layers.DepthwiseConv2D(3, padding="same", use_bias=False)(x)
+        x = layers.ReLU(6.0)(layers.BatchNormalization()(x))
+    outputs = layers.Dense(2)(layers.GlobalAveragePooling2D()(x))
+    model = rewrite(keras.Model(inputs, outputs), MinimalEffort(k=3))
+    model.compile("adam", "mse")
+    x = RNG.normal(size=(24, 6, 6, 2)).astype("float32")
+    y = RNG.normal(size=(24, 2)).astype("float32")
+    simplify = MeSimp(rate=0.25, prune_every=0.5)
+    model.fit(x, y, batch_size=4, epochs=2, verbose=0, callbacks=[simplify])
+    smaller = compact(model)
+    assert [p.path for p in simplify.prunings[:2]] == ["a", "b"]
+    assert [smaller.get_layer(n).filters for n in "ab"] == [p.after for p in simplify.prunings[-2:]]
+    assert smaller.count_params() < model.count_params()
+    np.testing.assert_allclose(
+        smaller.predict(x, verbose=0), model.predict(x, verbose=0), rtol=0, atol=1e-5
+    )
+
+
+def test_evaluation_leaves_no_counters():
+    model = perceptron()
+    model.evaluate(X, Y, verbose=0, callbacks=[MeSimp()])
+    assert len(model.trainable_weights) == 6
 
 
 def test_prunings_remove_what_is_rarely_active_in_every_other_cycle(monkeypatch):

@@ -25,7 +25,7 @@ from diagconv_tf.model_tree import walk_layers
 from diagconv_tf.preserving import preserved_state
 from diagconv_tf.rewriting import restore
 from diagconv_tf.rules import DEFAULT_RULES, Rule
-from diagconv_tf.text import as_text
+from diagconv_tf.text import as_text, summarize_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +233,7 @@ class _Compactor:
                 self.variables[id(theirs)] = ours
                 ours.assign(self.cut(theirs, ops.convert_to_numpy(theirs)))
         # Containers come first: their flag sets those of their layers.
+        smaller.trainable = self.source.trainable
         for theirs, ours in zip(walk_layers(self.source), walk_layers(smaller), strict=True):
             ours.layer.trainable = theirs.layer.trainable
         if compiled:
@@ -273,7 +274,13 @@ class _Compactor:
             config["units" if isinstance(layer, layers.Dense) else "filters"] = count
         if id(layer) in self.target_shapes:
             config["target_shape"] = self.target_shapes[id(layer)]
-        new = type(layer).from_config(config)
+        try:
+            new = type(layer).from_config(config)
+        except Exception as error:
+            raise ValueError(
+                "Expected layers that can be made anew from their configuration. Received: "
+                f"'{layer.name}' of class {type(layer).__name__}: {summarize_error(error)}"
+            ) from error
         if isinstance(layer, keras.layers.Layer):
             self.layers.append((layer, new))
         return new

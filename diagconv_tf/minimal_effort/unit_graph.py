@@ -392,7 +392,7 @@ class _Follower:
             # Its units are new ones all the same.
             self.block(flow, f"'{self.path(layer)}' multiplies another axis")
         elif flow is not None:
-            self.add(self.read, layer, "kernel", 0, flow.units)
+            self.add_reader(layer, "kernel", flow.units)
         return self.source(layer, layer.units, "kernel", len(node.outputs[0].shape) - 1)
 
     def convolve(self, node: Any, inputs: Sequence[Flow | None]) -> Flow | None:
@@ -403,7 +403,7 @@ class _Follower:
             return None
         flow = self.channels(node, inputs)
         if flow is not None:
-            self.add(self.read, layer, "kernel", -2, flow.units)
+            self.add_reader(layer, "kernel", flow.units)
         return self.source(layer, layer.filters, "kernel", _channel_axis(layer, node.outputs[0]))
 
     def convolve_separable(self, node: Any, inputs: Sequence[Flow | None]) -> Flow | None:
@@ -412,7 +412,7 @@ class _Follower:
         if flow is not None:
             self.add(self.between, layer, "depthwise_kernel", -2, flow.units)
             units: np.ndarray = np.repeat(flow.units, layer.depth_multiplier)
-            self.add(self.read, layer, "pointwise_kernel", -2, units)
+            self.add_reader(layer, "pointwise_kernel", units)
         return self.source(
             layer, layer.filters, "pointwise_kernel", _channel_axis(layer, node.outputs[0])
         )
@@ -432,6 +432,11 @@ class _Follower:
         self.add(self.own, layer, kernel, -1, units)
         self.add(self.own, layer, "bias", 0, units)
         return Flow(axis, units)
+
+    def add_reader(self, layer: keras.layers.Layer, kernel: str, units: np.ndarray) -> None:
+        for reason in why_not_operands(layer):
+            self.block_units(units, f"'{self.path(layer)}' reads its outputs: {reason}")
+        self.add(self.read, layer, kernel, -2, units)
 
     def add(
         self, parts: list[Part], layer: keras.layers.Layer, name: str, axis: int, units: np.ndarray

@@ -17,6 +17,9 @@ from diagconv_tf.layers import (
 )
 from diagconv_tf.lowbit import LowBit
 from diagconv_tf.lowerings import why_not
+from diagconv_tf.minimal_effort import MinimalEffort
+from diagconv_tf.minimal_effort.compacting import Compaction, compact, plan_compaction
+from diagconv_tf.minimal_effort.mesimp import MeSimp
 from diagconv_tf.plan import Plan
 from diagconv_tf.rewriting import preview, restore, rewrite
 from diagconv_tf.rules import DEFAULT_RULES, Rule
@@ -31,6 +34,7 @@ __all__ = [
     "DEFAULT_RULES",
     "Choice",
     "Conditions",
+    "Compaction",
     "ConvSpec",
     "DiagonalwiseConv2D",
     "DiagonalwiseDepthwiseConv2D",
@@ -39,15 +43,19 @@ __all__ = [
     "ExportReport",
     "Inspection",
     "LowBit",
+    "MeSimp",
+    "MinimalEffort",
     "Plan",
     "Rule",
     "StepTimer",
     "choose",
+    "compact",
     "deploy",
     "export",
     "inspect_model",
     "kernel_codes",
     "load_weights",
+    "plan_compaction",
     "preview",
     "restore",
     "rewrite",

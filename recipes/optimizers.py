@@ -13,16 +13,18 @@ from recipes.config import Config
 
 
 def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> None:
-    """Compiles `model`, which gives probabilities, as `config` says.
+    """Compiles `model`, which gives logits, as `config` says.
 
     With `label_smoothing` the labels must be one-hot, else class numbers.
     """
     spared = () if config.decay_depthwise else _depthwise_kernels(model)
     optimizer = make_optimizer(config, steps_per_epoch, spared)
     if config.label_smoothing:
-        loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)
+        loss = keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=config.label_smoothing
+        )
     else:
-        loss = "sparse_categorical_crossentropy"
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(
         optimizer,
         loss=loss,

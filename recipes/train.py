@@ -144,6 +144,8 @@ def run_recipe(
         restored = restore(model)
         test = evaluation_data(config, images, distribution)
         accuracy = restored.evaluate(test, return_dict=True, verbose=0)["accuracy"]
+        # As users expect it of a classifier.
+        restored = models.with_probabilities(restored)
     exported = ""
     if distribution.is_first:
         files.write_aside(folder / "model.keras", without_training_state(restored).save)
@@ -335,6 +337,8 @@ def evaluation_data(config: Config, images: data.ImageData, distribution: Distri
 def build_model(config: Config, images: data.ImageData, distribution: Distribution) -> keras.Model:
     """The network in Keras's own layers, with the weights that all variants start from.
 
+    It gives logits: see `models.with_probabilities`.
+
     Raises:
         ValueError: If a file has no model that fits the images.
     """
@@ -360,6 +364,7 @@ def _built_in(config: Config, images: data.ImageData) -> keras.Model:
             stem=config.stem,
             dropout=config.dropout,
             batch_norm_momentum=config.batch_norm_momentum,
+            classifier_activation=None,
         )
     finally:
         keras.config.set_dtype_policy(former_policy)

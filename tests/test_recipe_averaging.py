@@ -57,7 +57,7 @@ def network(seed=0):
     x = layers.BatchNormalization(momentum=0.5, name="first")(x)
     x = inner(frozen(layers.ReLU(name="relu")(x)))
     x = layers.GlobalAveragePooling2D(name="pool")(layers.ReLU(name="relu_2")(x))
-    x = layers.Dense(3, activation="softmax", name="dense")(x)
+    x = layers.Dense(3, name="dense")(x)
     model = keras.Model(inputs, x, name="network")
     frozen.trainable = False
     for number, norm in enumerate(norms(model)):

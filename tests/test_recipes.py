@@ -100,7 +100,7 @@ def depthwise_model():
     inputs = keras.Input((8, 8, 3))
     x = keras.layers.DepthwiseConv2D(3, name="dw")(inputs)
     x = keras.layers.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, keras.layers.Dense(4, activation="softmax")(x))
+    return keras.Model(inputs, keras.layers.Dense(4)(x))
 
 
 PER_PASS = {"forward": "native", "input_gradient": "dense", "kernel_gradient": "shifted"}
@@ -278,8 +278,8 @@ def test_a_model_from_a_file_gets_the_classes_of_the_data(make, new_layers, tmp_
     )
     assert {x.name for x in loaded.layers if x.name.startswith("new_")} == new_layers
     outputs = keras.ops.convert_to_numpy(loaded(np.ones((2, 8, 8, 3))))
-    np.testing.assert_allclose(outputs.sum(axis=-1), 1, rtol=1e-5)
     assert outputs.shape == (2, 3)
+    assert not np.allclose(outputs.sum(axis=-1), 1)  # Logits.
 
 
 def pooled(x):
@@ -295,7 +295,7 @@ def test_the_loss_of_a_model_in_half_precision_is_scaled(suffix, tmp_path):
     finally:
         keras.config.set_dtype_policy("float32")
     model.save(tmp_path / f"mine.{suffix}")
-    loaded = load_start(str(tmp_path / f"mine.{suffix}"), (8, 8, 3), 4)
+    loaded = load_start(str(tmp_path / f"mine.{suffix}"), (8, 8, 3), 5)
     optimizers.compile_model(loaded, Config(), 10)
     assert type(loaded.optimizer).__name__ == "LossScaleOptimizer"
 
@@ -495,7 +495,7 @@ def small(monkeypatch, tmp_path, **settings):
         inputs = keras.Input(image_shape)
         x = keras.layers.DepthwiseConv2D(3, strides=4, name="dw")(inputs)
         x = keras.layers.Dropout(0.3)(pooled(x))
-        return keras.Model(inputs, keras.layers.Dense(classes, activation="softmax")(x))
+        return keras.Model(inputs, keras.layers.Dense(classes)(x))
 
     monkeypatch.setattr("recipes.models.mobilenet_v1", build)
     monkeypatch.setattr(train, "export_model", lambda *_: "")

@@ -39,11 +39,11 @@ class Start:
     Attributes:
         model: functional, uncompiled, in stock layers: (batch, height, width,
             channels) → logits, (batch, classes), of at least float32.
-        head: what became of its classifier, in a few words.
+        head: what became of its classifier, in a few words; empty for a new model.
     """
 
     model: keras.Model
-    head: str
+    head: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +168,7 @@ def freeze_backbone(model: keras.Model) -> None:
             f"Expected a model with a classifier, to freeze all else. Received: '{model.name}', "
             f"which ends in {type(model.layers[-1]).__name__} '{model.layers[-1].name}'"
         )
+    model.trainable = True
     for layer in keras_internals.flatten_layers(model, include_self=False):
         # A model with the classifier inside must stay trainable itself.
         if all(inner is not classifier for inner in keras_internals.flatten_layers(layer)):

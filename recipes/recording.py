@@ -11,6 +11,7 @@ import keras
 from absl import logging
 
 from diagconv_tf import StepTimer
+from recipes.optimizers import TOP5_ACCURACY
 from recipes.run_folder import Progress
 
 
@@ -33,6 +34,7 @@ class MetricsLog(keras.callbacks.Callback):
         self.file = file
         self.losses = list(progress.losses)
         self.test_accuracies = list(progress.test_accuracies)
+        self.test_top5_accuracy = progress.test_top5_accuracy
         self._resumed = state
         self._sum = self._count = 0.0
 
@@ -68,6 +70,7 @@ class MetricsLog(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         values = {name: float(value) for name, value in logs.items()}
         self.test_accuracies.append(values["val_accuracy"])
+        self.test_top5_accuracy = values.get(f"val_{TOP5_ACCURACY}")
         rate = current_learning_rate(self.model)
         self.write("epoch", epoch=epoch, step=len(self.losses), learning_rate=rate, **values)
         # A checkpoint of the end of an epoch is that of the beginning of the next.

@@ -13,6 +13,7 @@ from absl import logging
 
 from diagconv_tf import files
 from recipes.config import BUILT_IN, Config
+from recipes.optimizers import TOP5_ACCURACY
 
 #: Settings that do not decide what is computed, but for rounding: they may differ
 #: from the interrupted run's, so that it can go on where there are fewer devices.
@@ -119,10 +120,12 @@ class Progress:
     Attributes:
         losses: of each step; NaN where the file has none.
         test_accuracies: after each epoch; likewise.
+        test_top5_accuracy: after the last of them; None where it is not known.
     """
 
     losses: tuple[float, ...] = ()
     test_accuracies: tuple[float, ...] = ()
+    test_top5_accuracy: float | None = None
 
 
 def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) -> Progress:
@@ -144,6 +147,7 @@ def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) ->
     kept: list[str] = []
     losses: dict[int, float] = {}
     accuracies: dict[int, float] = {}
+    top5: dict[int, float | None] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             event = json.loads(line)
@@ -158,6 +162,7 @@ def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) ->
                 continue
             else:
                 accuracies[event["epoch"]] = event["val_accuracy"]
+                top5[event["epoch"]] = event.get(f"val_{TOP5_ACCURACY}")
         kept.append(line)
     if len(losses) < steps or len(accuracies) < epochs:
         logging.warning(
@@ -172,6 +177,7 @@ def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) ->
     return Progress(
         tuple(losses.get(step, math.nan) for step in range(1, steps + 1)),
         tuple(accuracies.get(epoch, math.nan) for epoch in range(epochs)),
+        top5.get(epochs - 1),
     )
 
 

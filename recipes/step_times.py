@@ -148,9 +148,7 @@ def time_in_turn(
     read: dict[str, list[tuple[float, ...]]] = {name: [] for name in timed}
     names = list(timed)
     with contextlib.ExitStack() as stack:
-        rewind = {
-            name: stack.enter_context(_preserved(each.model)) for name, each in timed.items()
-        }
+        rewind = {name: stack.enter_context(_preserved(each.model)) for name, each in timed.items()}
 
         def turn(name: str, dataset: Any, steps: int) -> tuple[float, ...]:
             rewind[name]()

@@ -34,6 +34,8 @@ from recipes.averaging import (
     stop_averaging,
 )
 from recipes.checkpoints import Checkpoint, Checkpoints, weights_digest
+from recipes.choices import chose_stock, explain_choice
+from recipes.comparing import compare_steps
 from recipes.config import (
     BUILT_IN,
     Config,
@@ -44,8 +46,6 @@ from recipes.config import (
     parse_flags,
 )
 from recipes.distributing import Distribution, divide_cpu, synchronize_batch_norms
-from recipes.choices import chose_stock, explain_choice
-from recipes.comparing import compare_steps
 from recipes.finetuning import Start, image_input, load_start
 from recipes.fitting import fit_from
 from recipes.interruption import (
@@ -258,9 +258,8 @@ def train_variant(
 ) -> Trained:
     """Trains one variant to its end, from its last checkpoint if there is one.
 
-    Args:
-        stock: The variant of Keras's own layers, where it was trained before:
-            another one that chose them is not trained again.
+    Another one that chose Keras's own layers is not trained again where `stock`
+    was trained before.
 
     Raises:
         RecipeError: If a checkpoint cannot be read or is of another model, or

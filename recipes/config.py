@@ -6,18 +6,22 @@ limits; the flags of `recipes.train` and all error messages follow from that.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import importlib
 import json
 import pathlib
 import runpy
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absl import flags
+
+from diagconv_cli.quiet import silence_tensorflow_log
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
@@ -141,11 +145,16 @@ class Config:
     schedule: str = _setting(
         "cosine",
         "of the learning rate after the warm-up: 'cosine' to 0, or 'step': times --decay_rate "
-        "every --decay_epochs",
+        "at --decay_epochs",
         choices=("cosine", "step", "constant"),
     )
     decay_rate: float = _setting(0.1, "of the schedule 'step'", above=0)
-    decay_epochs: float = _setting(30.0, "of the schedule 'step'", above=0)
+    decay_epochs: tuple[float, ...] = _setting(
+        (30.0,),
+        "of the schedule 'step', from the end of the warm-up: one number for every so many epochs, "
+        "or several, rising, for these epochs",
+        above=0,
+    )
     warmup_fraction: float = _setting(
         0.1, "of all steps, in which the learning rate rises", least=0, below=1
     )
@@ -176,7 +185,7 @@ class Config:
         choices=("float32", "float64", "mixed_bfloat16", "mixed_float16"),
     )
     jit_compile: str = _setting(
-        "auto", "compile with XLA; 'auto' is Keras's choice", choices=("auto", "on", "off")
+        "auto", "compile with XLA; 'auto' is Keras's choice", choices=("auto", "true", "false")
     )
     distribution: str = _setting(
         "none",
@@ -198,6 +207,13 @@ class Config:
     overwrite: bool = _setting(False, "replace results of the same name")
     resume: bool = _setting(False, "go on with the run of the same name where there is one")
     checkpoint_epochs: int = _setting(1, "save a checkpoint every so many epochs", least=1)
+    log_every: int = _setting(
+        50,
+        "steps between two lines of metrics.jsonl, which have the mean loss of these steps, and "
+        "between two looks for a loss that is NaN; in between nothing waits for the device. Each "
+        "of the first 20 steps has a line",
+        least=1,
+    )
     profile: bool = _setting(False, "trace 20 steps of each variant, for TensorBoard or Perfetto")
 
     def __new__(cls, **values: Any) -> Config:
@@ -248,6 +264,11 @@ class Config:
                 f"Expected `unfreeze_after` to be less than `epochs`, {self.epochs}. Received: "
                 f"unfreeze_after={self.unfreeze_after}"
             )
+        if not self.decay_epochs or list(self.decay_epochs) != sorted(set(self.decay_epochs)):
+            raise ValueError(
+                "Expected config key `decay_epochs` to be one number, or several that rise. "
+                f"Received: decay_epochs={self.decay_epochs}"
+            )
         repeated = {name for name in self.variants if self.variants.count(name) > 1}
         if repeated:
             raise ValueError(
@@ -264,6 +285,11 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
+def config_names() -> list[str]:
+    """The files in `recipes/configs`, without `.py`."""
+    return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+
+
 def load_config(name_or_path: str) -> Config:
     """The `Config` that a file's `get_config()` returns.
 
@@ -277,8 +303,7 @@ def load_config(name_or_path: str) -> Config:
     """
     path = pathlib.Path(name_or_path)
     if path.suffix != ".py":
-        known = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem != "__init__")
-        check_names([name_or_path], known, "config")
+        check_names([name_or_path], config_names(), "config")
         path = CONFIGS / f"{name_or_path}.py"
     if not path.is_file():
         raise ValueError(f"Expected --config to be an existing file. Received: {name_or_path}")
@@ -300,9 +325,17 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
             tuple: flags.DEFINE_list,
             str: flags.DEFINE_string,
         }[kind]
-        choices = field.metadata["choices"]
-        help = field.metadata["help"] + (f"; one of {', '.join(choices)}" if choices else "")
-        define(field.name, None, help, flag_values=flag_values)
+        define(field.name, None, _flag_help(field), flag_values=flag_values)
+
+
+def _flag_help(field: dataclasses.Field) -> str:
+    choices, default = field.metadata["choices"], field.default
+    help = field.metadata["help"] + (f"; one of {', '.join(choices)}" if choices else "")
+    if default is None or default == ():
+        return help
+    values = default if isinstance(default, tuple) else (default,)
+    text = ",".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
+    return f"{help} (default: {text})"
 
 
 def config_from_flags(config: Config, flag_values: flags.FlagValues = flags.FLAGS) -> Config:
@@ -324,14 +357,26 @@ def check_names(received: Iterable[str], known: Iterable[str], what: str) -> Non
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Like absl's own parser, but an error is one line and exit code 2."""
+    """Like absl's own parser, but an error is one line and exit code 2, and `--help` is none."""
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         exit_with_line(str(error), code=2)
+    except SystemExit:
+        sys.exit(0)  # absl has shown the help, and calls that code 1.
     if len(rest) > 1:
         exit_with_line(f"Expected flags only. Received: {' '.join(rest[1:])}", code=2)
     return rest
+
+
+def import_quietly() -> None:
+    """Imports Keras for a command: one line where it fails, and none of TensorFlow's log."""
+    silence_tensorflow_log()
+    try:
+        importlib.import_module("keras")
+    # What Keras says of a missing or misspelt backend.
+    except (ImportError, ValueError) as error:
+        exit_with_line(str(error), code=1)
 
 
 def exit_with_line(message: str, code: int) -> typing.NoReturn:
@@ -343,39 +388,53 @@ def exit_with_line(message: str, code: int) -> typing.NoReturn:
 def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
     """`value` as the field's type; ValueError where it does not fit."""
     kind = _plain_type(hint)
-    optional = kind is not hint and type(None) in typing.get_args(hint)
-    if value is None and optional:
+    if value is None and type(None) in typing.get_args(hint):
         return value
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is tuple and isinstance(value, list | tuple):
-        value = tuple(value)
-    least, above = field.metadata["least"], field.metadata["above"]
-    below, choices = field.metadata["below"], field.metadata["choices"]
-    expected = {bool: "a bool", int: "an int", float: "a float", str: "a string"}.get(
-        kind, "a list of strings"
-    )
-    expected += "".join(
-        f"{text} {limit:g}"
-        for text, limit in ((" of at least", least), (" above", above), (" below", below))
-        if limit is not None
-    )
-    if choices:
-        expected = f"one of {', '.join(choices)}"
-    fits = (
-        type(value) is kind
-        and (kind is not tuple or all(isinstance(item, str) and item for item in value))
-        and (least is None or value >= least)
-        and (above is None or value > above)
-        and (below is None or value < below)
-        and (not choices or value in choices)
-        and (kind is not float or value < float("inf"))
+    is_list = kind is tuple
+    if is_list:
+        kind = typing.get_args(hint)[0]
+    items = list(value) if is_list and isinstance(value, list | tuple) else [value]
+    if kind is float:
+        # On the command line the items of lists are texts.
+        items = [_as_number(item, is_text_allowed=is_list) for item in items]
+    limits = field.metadata
+    fits = isinstance(value, list | tuple) == is_list and all(
+        type(item) is kind
+        and (not is_list or item != "")
+        and (limits["least"] is None or item >= limits["least"])
+        and (limits["above"] is None or item > limits["above"])
+        and (limits["below"] is None or item < limits["below"])
+        and (not limits["choices"] or item in limits["choices"])
+        and (kind is not float or item < float("inf"))
+        for item in items
     )
     if not fits:
         raise ValueError(
-            f"Expected config key `{field.name}` to be {expected}. Received: {field.name}={value!r}"
+            f"Expected config key `{field.name}` to be {_expected(kind, is_list, limits)}. "
+            f"Received: {field.name}={value!r}"
         )
+    return tuple(items) if is_list else items[0]
+
+
+def _as_number(value: Any, is_text_allowed: bool) -> Any:
+    """A float, where `value` is a whole number or, if that is allowed, the text of a number."""
+    if type(value) is int:
+        return float(value)
+    if isinstance(value, str) and is_text_allowed:
+        with contextlib.suppress(ValueError):
+            return float(value)
     return value
+
+
+def _expected(kind: type, is_list: bool, limits: Mapping[str, Any]) -> str:
+    if limits["choices"]:
+        return f"one of {', '.join(limits['choices'])}"
+    name = {bool: "bool", int: "int", float: "float", str: "string"}[kind]
+    article = "an" if kind is int else "a"
+    bounds = ((" of at least", "least"), (" above", "above"), (" below", "below"))
+    return (f"a list of {name}s" if is_list else f"{article} {name}") + "".join(
+        f"{text} {limits[key]:g}" for text, key in bounds if limits[key] is not None
+    )
 
 
 def _plain_type(hint: Any) -> type:

@@ -38,7 +38,7 @@ def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> N
         # Keras finds out which accuracy fits the loss; the name is the same. Weights
         # come where several devices share a batch: see `data.evaluation_dataset`.
         weighted_metrics=["accuracy", *top5],
-        jit_compile={"auto": "auto", "on": True, "off": False}[config.jit_compile],
+        jit_compile={"auto": "auto", "true": True, "false": False}[config.jit_compile],
     )
 
 
@@ -105,12 +105,15 @@ def learning_rate(
     if config.schedule == "cosine":
         after: Any = schedules.CosineDecay(config.learning_rate, max(1, updates - warmup))
     elif config.schedule == "step":
-        after = schedules.ExponentialDecay(
-            config.learning_rate,
-            decay_steps=max(1, round(config.decay_epochs * updates_per_epoch)),
-            decay_rate=config.decay_rate,
-            staircase=True,
-        )
+        steps = [max(1, round(epochs * updates_per_epoch)) for epochs in config.decay_epochs]
+        if len(steps) == 1:
+            after = schedules.ExponentialDecay(
+                config.learning_rate, steps[0], config.decay_rate, staircase=True
+            )
+        else:
+            rates = [config.learning_rate * config.decay_rate**n for n in range(len(steps) + 1)]
+            # The last update with a rate, where the others count the first with the next.
+            after = schedules.PiecewiseConstantDecay([step - 1 for step in steps], rates)
     else:
         after = config.learning_rate
     return WarmUp(config.learning_rate, warmup, after) if warmup else after

@@ -3,7 +3,7 @@
     runs/NAME/
       config.json      the settings
       metrics.jsonl    one JSON object a line, as the training goes: "event" is
-                       "step" (loss of the batch) or "epoch"
+                       "step" (mean loss since the line before) or "epoch"
       checkpoints/     a folder for each variant, to go on with --resume
       results/         a file for each variant that is trained to the end
       plans/           what --lowering=tune chose, and measured
@@ -47,6 +47,7 @@ from recipes.step_times import STEPS, Comparison, StepTimes
 
 # In the first steps only rounding tells two exact variants apart; later every
 # training, also one repeated in another order of summation, goes its own way.
+# Each of these steps has a line of its own in `metrics.jsonl`.
 EARLY_STEPS = 20
 
 _WHY_LOSSES_PART = (
@@ -206,9 +207,7 @@ class RunReport:
                     else []
                 ),
                 *(
-                    _text(
-                        row.get(key) if row["variant"] != self.variants[0].name else None, "{:.2g}"
-                    )
+                    _text(None if row["variant"] == first else row.get(key), "{:.2g}")
                     for key in ("early_loss_difference", "loss_difference")
                 ),
             ]

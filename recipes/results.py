@@ -19,15 +19,16 @@ class VariantResult:
 
     Args:
         name: Its lowering, `"stock"`, `"tune"` or a plan.
-        losses: Training loss of every step (mean over the batch); NaN where it
-            was lost.
-        test_accuracies: After each epoch, in [0, 1]; likewise.
+        losses: Training losses: of a step (mean over the batch), or means of
+            the steps since the one before.
+        test_accuracies: After each epoch, in [0, 1]; NaN where it was lost.
         steps: Times of the steps since the training was last resumed; see
             `StepTimer`.
-        step_seconds: Every time that counts, in the training.
+        step_seconds: Times that count, in the training.
         choice: What `auto`, `tune` or a plan chose, in a sentence; else empty.
         test_top5_accuracy: After the last epoch: how often the right class is
             among the five most probable; None for five classes or fewer.
+        loss_steps: The steps of `losses`, from 1; by default each step has one.
     """
 
     name: str
@@ -37,6 +38,11 @@ class VariantResult:
     step_seconds: tuple[float, ...] = dataclasses.field(repr=False)
     choice: str = ""
     test_top5_accuracy: float | None = None
+    loss_steps: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        steps = self.loss_steps or tuple(range(1, len(self.losses) + 1))
+        object.__setattr__(self, "loss_steps", steps)
 
     @property
     def test_accuracy(self) -> float:
@@ -44,9 +50,11 @@ class VariantResult:
         return self.test_accuracies[-1]
 
     def loss_differences(self, other: VariantResult) -> np.ndarray:
-        """Absolute difference of the two losses at each step that both have."""
-        steps = min(len(self.losses), len(other.losses))
-        return np.abs(np.subtract(self.losses[:steps], other.losses[:steps]))
+        """Absolute difference of the two losses at each step that both have one of."""
+        _, mine, others = np.intersect1d(
+            self.loss_steps, other.loss_steps, assume_unique=True, return_indices=True
+        )
+        return np.abs(np.array(self.losses)[mine] - np.array(other.losses)[others])
 
     def to_json(self) -> str:
         """The text of a file in `results/`."""

@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import shutil
+from collections.abc import Mapping
 
 from absl import logging
 
@@ -25,6 +26,7 @@ _MAY_DIFFER = (
     "output_dir",
     "profile",
     "checkpoint_epochs",
+    "log_every",
     "max_steps",
     "distribution",
     "cpu_devices",
@@ -118,12 +120,12 @@ class Progress:
     """What `metrics.jsonl` tells of a variant.
 
     Attributes:
-        losses: of each step; NaN where the file has none.
-        test_accuracies: after each epoch; likewise.
+        losses: step → mean loss of this step and those since the one before.
+        test_accuracies: after each epoch; NaN where the file has none.
         test_top5_accuracy: after the last of them; None where it is not known.
     """
 
-    losses: tuple[float, ...] = ()
+    losses: Mapping[int, float] = dataclasses.field(default_factory=dict)
     test_accuracies: tuple[float, ...] = ()
     test_top5_accuracy: float | None = None
 
@@ -164,18 +166,18 @@ def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) ->
                 accuracies[event["epoch"]] = event["val_accuracy"]
                 top5[event["epoch"]] = event.get(f"val_{TOP5_ACCURACY}")
         kept.append(line)
-    if len(losses) < steps or len(accuracies) < epochs:
+    if len(accuracies) < epochs:
         logging.warning(
-            "%s has %d of the %d losses and %d of the %d test accuracies before the checkpoint of "
-            "%s; the report goes without the others",
-            *(path, len(losses), steps, len(accuracies), epochs, variant),
+            "%s has %d of the %d test accuracies before the checkpoint of %s, and perhaps not all "
+            "losses; the report goes without the others",
+            *(path, len(accuracies), epochs, variant),
         )
     if kept:
         files.write_text(path, "\n".join(kept))
     else:
         path.unlink(missing_ok=True)
     return Progress(
-        tuple(losses.get(step, math.nan) for step in range(1, steps + 1)),
+        losses,
         tuple(accuracies.get(epoch, math.nan) for epoch in range(epochs)),
         top5.get(epochs - 1),
     )

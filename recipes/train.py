@@ -17,8 +17,14 @@ import functools
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
+
+if __name__ == "__main__":  # Before any other module imports a framework.
+    from recipes.config import import_quietly
+
+    import_quietly()
 
 import keras
 from absl import app, flags, logging
@@ -40,6 +46,7 @@ from recipes.config import (
     BUILT_IN,
     Config,
     config_from_flags,
+    config_names,
     define_flags,
     exit_with_line,
     load_config,
@@ -56,8 +63,8 @@ from recipes.interruption import (
 from recipes.optimizers import average_momentum, compile_model
 from recipes.phases import phases_of, set_steps_done
 from recipes.profiling import Profile
-from recipes.recording import MetricsLog, StopAfter, TensorBoardLog
-from recipes.report import RunReport, environment
+from recipes.recording import MetricsLog, TensorBoardLog, thinned, thinned_losses
+from recipes.report import EARLY_STEPS, RunReport, environment
 from recipes.results import Trained, VariantResult
 from recipes.run_folder import (
     Progress,
@@ -69,7 +76,10 @@ from recipes.run_folder import (
 from recipes.variants import STOCK, Variant
 
 CONFIG = flags.DEFINE_string(
-    "config", "digits_mobilenet_v1", "a file in recipes/configs, or the path of one"
+    "config",
+    "digits_mobilenet_v1",
+    f"one of {', '.join(config_names())}, or the path of a file like these in recipes/configs; "
+    "what it sets comes before the other defaults",
 )
 define_flags()
 processes.define_flags()
@@ -98,7 +108,8 @@ def run_recipe(
         config: The experiment.
         others: The processes that train together, of which the first one
             writes the files; None means this one alone.
-        verbose: Of `model.fit`: 1 shows progress bars, 0 nothing.
+        verbose: Of `model.fit`: 1 shows progress bars, 2 a line for each epoch,
+            0 nothing.
 
     Returns:
         What was measured, and the folder of the results.
@@ -345,13 +356,9 @@ def train_variant(
                 compile_model(model, config, steps_per_epoch)
                 set_steps_done(model.optimizer, first_step)
                 start = Checkpoint(first_step, phase.first_epoch, log.state())
-                steps_done = first_step
             # The timer comes first, so that it does not time the others.
             timer = StepTimer()
-            callbacks = [timer, log]
-            if config.max_steps is not None:
-                callbacks.append(StopAfter(steps - steps_done))
-            callbacks += optional_callbacks(config, variant, folder, timer, is_first)
+            callbacks = [timer, log, *optional_callbacks(config, variant, folder, timer, is_first)]
             fit_from(
                 model,
                 start,
@@ -364,14 +371,19 @@ def train_variant(
                 save_every=config.checkpoint_epochs,
                 record=log.state,
                 interruption=interruption,
+                log_every=config.log_every,
+                log_first=EARLY_STEPS,
+                max_steps=None if config.max_steps is None else steps,
                 verbose=verbose,
             )
+    losses = thinned_losses(log.losses, keep=EARLY_STEPS)
     result = VariantResult(
         name=variant.name,
-        losses=tuple(log.losses),
+        losses=tuple(losses.values()),
+        loss_steps=tuple(losses),
         test_accuracies=tuple(log.test_accuracies),
         steps=timer.summary(),
-        step_seconds=timer.timings.samples,
+        step_seconds=thinned(timer.timings.samples),
         choice=choice,
         test_top5_accuracy=log.test_top5_accuracy,
     )
@@ -528,7 +540,8 @@ def main(argv: list[str]) -> None:
         exit_with_line(str(error), code=1)
     with others.ending_together():
         try:
-            report = run_recipe(config, others, verbose=1)
+            # Progress bars are for terminals; in a file each update would be a line.
+            report = run_recipe(config, others, verbose=1 if sys.stdout.isatty() else 2)
         except (RecipeError, NonFiniteLossError) as error:
             others.end_with_line(str(error), code=1)
         except TrainingInterrupted as interruption:

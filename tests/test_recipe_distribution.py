@@ -183,8 +183,8 @@ def test_a_backend_without_distribution_is_refused():
 
 @pytest.mark.backends("tensorflow")
 def test_strategies_and_xla_are_refused_together():
-    with pytest.raises(ValueError, match="--jit_compile=auto or off"):
-        Distribution.start(Config(distribution="data_parallel", jit_compile="on"))
+    with pytest.raises(ValueError, match="--jit_compile=auto or false"):
+        Distribution.start(Config(distribution="data_parallel", jit_compile="true"))
 
 
 @pytest.mark.backends("tensorflow")

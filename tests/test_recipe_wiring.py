@@ -1,6 +1,5 @@
 """Every setting of a recipe changes what is built, fed or optimised."""
 
-
 import keras
 import numpy as np
 import pytest

@@ -331,7 +331,7 @@ def config(tmp_path, monkeypatch):
     )
 
 
-def test_a_model_with_random_layers_is_trained_in_phases_to_its_report(config):
+def test_a_model_with_random_layers_is_trained_in_phases(config):
     found = train.run_recipe(config, verbose=0)
     (stock, auto) = found.variants
     assert len(stock.losses) == len(auto.losses) == 6

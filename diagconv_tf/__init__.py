@@ -33,8 +33,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_RULES",
     "Choice",
-    "Conditions",
     "Compaction",
+    "Conditions",
     "ConvSpec",
     "DiagonalwiseConv2D",
     "DiagonalwiseDepthwiseConv2D",

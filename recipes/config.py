@@ -62,7 +62,19 @@ class Config:
     model: str = _setting(
         "mobilenet_v1",
         "the network: 'mobilenet_v1', 'mobilenet_v2', or the path of a .keras or .h5 file to "
-        "train further; its last layer is replaced where the number of classes is another",
+        "train further; its classifier is replaced where the number of classes is another",
+    )
+    freeze: str = _setting(
+        "none",
+        "of a model from a file: 'backbone' trains its classifier alone; frozen batch norms keep "
+        "their statistics and use them",
+        choices=("none", "backbone"),
+    )
+    unfreeze_after: int | None = _setting(
+        None,
+        "epochs after which all but the batch norms is trained; without it --freeze lasts to the "
+        "end",
+        least=1,
     )
     stem: str = _setting(
         "cifar", "strides for small images or for large ones", choices=("cifar", "imagenet")
@@ -76,10 +88,11 @@ class Config:
         below=1,
     )
     input_range: str = _setting(
-        "symmetric",
+        "auto",
         "of the pixels that the model takes: 'symmetric' is [-1, 1], 'unit' [0, 1], 'bytes' "
-        "[0, 255]; models from files may want another than ours",
-        choices=("symmetric", "unit", "bytes"),
+        "[0, 255]; 'auto' is what a file's own preprocessing wants, such as a Rescaling, and "
+        "without any 'symmetric'",
+        choices=("auto", "symmetric", "unit", "bytes"),
     )
     lowering: str = _setting(
         "diagonal:32",
@@ -98,7 +111,12 @@ class Config:
     )
     data_dir: str | None = _setting(None, "where TensorFlow Datasets keeps its data")
     download: bool = _setting(False, "let TensorFlow Datasets download what is not there")
-    image_size: int = _setting(32, "height and width in pixels", least=32)
+    image_size: int | None = _setting(
+        None,
+        "height and width in pixels; by default that of a model from a file, 224 where it takes "
+        "any, and 32 for the networks of the recipes",
+        least=32,
+    )
     augmentation: str = _setting(
         "none",
         "of training images: 'crop' shifts by up to 1/8 of the size, 'crop_flip' mirrors as well, "
@@ -230,6 +248,21 @@ class Config:
                 f"Expected the defaults of {', '.join(changed)}: they are of models that the "
                 f"recipes build, and do not change one from a file. Received: model={self.model!r} "
                 f"with {', '.join(f'{name}={getattr(self, name)!r}' for name in changed)}"
+            )
+        if self.freeze != "none" and self.model in BUILT_IN:
+            raise ValueError(
+                f"Expected `freeze` with a model from a file: in {self.model} all weights are new. "
+                f"Received: freeze={self.freeze!r}"
+            )
+        if self.unfreeze_after is not None and self.freeze == "none":
+            raise ValueError(
+                "Expected `unfreeze_after` with freeze='backbone'. Received: "
+                f"unfreeze_after={self.unfreeze_after} with freeze='none'"
+            )
+        if self.unfreeze_after is not None and self.unfreeze_after >= self.epochs:
+            raise ValueError(
+                f"Expected `unfreeze_after` to be less than `epochs`, {self.epochs}. Received: "
+                f"unfreeze_after={self.unfreeze_after}"
             )
         if not self.decay_epochs or list(self.decay_epochs) != sorted(set(self.decay_epochs)):
             raise ValueError(

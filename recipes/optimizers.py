@@ -11,6 +11,9 @@ from keras import ops
 from diagconv_tf import keras_internals
 from recipes.config import Config
 
+#: Name of the metric that counts where the right class is among the five most probable.
+TOP5_ACCURACY = "top5_accuracy"
+
 
 def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> None:
     """Compiles `model`, which gives logits, as `config` says.
@@ -23,14 +26,18 @@ def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> N
         loss = keras.losses.CategoricalCrossentropy(
             from_logits=True, label_smoothing=config.label_smoothing
         )
+        top_k = keras.metrics.TopKCategoricalAccuracy
     else:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        top_k = keras.metrics.SparseTopKCategoricalAccuracy
+    # Of five classes or fewer, the right one is always among the first five.
+    top5 = [top_k(5, name=TOP5_ACCURACY)] if model.output_shape[-1] > 5 else []
     model.compile(
         optimizer,
         loss=loss,
         # Keras finds out which accuracy fits the loss; the name is the same. Weights
         # come where several devices share a batch: see `data.evaluation_dataset`.
-        weighted_metrics=["accuracy"],
+        weighted_metrics=["accuracy", *top5],
         jit_compile={"auto": "auto", "true": True, "false": False}[config.jit_compile],
     )
 

@@ -11,6 +11,7 @@ import keras
 from absl import logging
 
 from diagconv_tf import StepTimer
+from recipes.optimizers import TOP5_ACCURACY
 from recipes.run_folder import Progress
 
 #: Points of a loss curve, and step times, that are kept for report and picture.
@@ -42,6 +43,7 @@ class MetricsLog(keras.callbacks.Callback):
         self.file = file
         self.losses = dict(progress.losses)
         self.test_accuracies = list(progress.test_accuracies)
+        self.test_top5_accuracy = progress.test_top5_accuracy
         self._resumed = state
         self._sum = self._count = 0.0
 
@@ -79,6 +81,7 @@ class MetricsLog(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         values = {name: float(value) for name, value in logs.items()}
         self.test_accuracies.append(values["val_accuracy"])
+        self.test_top5_accuracy = values.get(f"val_{TOP5_ACCURACY}")
         rate = current_learning_rate(self.model)
         step = self._step(self._count)
         self.write("epoch", epoch=epoch, step=step, learning_rate=rate, **values)

@@ -14,6 +14,7 @@ from absl import logging
 
 from diagconv_tf import files
 from recipes.config import BUILT_IN, Config
+from recipes.optimizers import TOP5_ACCURACY
 
 #: Settings that do not decide what is computed, but for rounding: they may differ
 #: from the interrupted run's, so that it can go on where there are fewer devices.
@@ -121,10 +122,12 @@ class Progress:
     Attributes:
         losses: step → mean loss of this step and those since the one before.
         test_accuracies: after each epoch; NaN where the file has none.
+        test_top5_accuracy: after the last of them; None where it is not known.
     """
 
     losses: Mapping[int, float] = dataclasses.field(default_factory=dict)
     test_accuracies: tuple[float, ...] = ()
+    test_top5_accuracy: float | None = None
 
 
 def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) -> Progress:
@@ -146,6 +149,7 @@ def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) ->
     kept: list[str] = []
     losses: dict[int, float] = {}
     accuracies: dict[int, float] = {}
+    top5: dict[int, float | None] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             event = json.loads(line)
@@ -160,6 +164,7 @@ def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) ->
                 continue
             else:
                 accuracies[event["epoch"]] = event["val_accuracy"]
+                top5[event["epoch"]] = event.get(f"val_{TOP5_ACCURACY}")
         kept.append(line)
     if len(accuracies) < epochs:
         logging.warning(
@@ -174,6 +179,7 @@ def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) ->
     return Progress(
         losses,
         tuple(accuracies.get(epoch, math.nan) for epoch in range(epochs)),
+        top5.get(epochs - 1),
     )
 
 

@@ -16,10 +16,9 @@ from absl.testing import flagsaver
 from diagconv_tf import DiagonalwiseDepthwiseConv2D, Plan, files, rewrite
 from recipes import config as config_module
 from recipes import data, models, optimizers, report, train
+from recipes.comparing import ComparedSteps
 from recipes.config import Config, load_config
 from recipes.distributing import Distribution
-from recipes.finetuning import load_start
-from recipes.input_wait import seconds_without_input, wait_share
 from recipes.interruption import NonFiniteLossError, TrainingInterrupted
 from recipes.profiling import Profile
 from recipes.recording import MetricsLog, thinned, thinned_losses
@@ -226,92 +225,8 @@ def test_a_run_goes_on_without_the_settings_that_are_newer(tmp_path):
         open_run_folder(other)
 
 
-# A model of one's own
-
-
-@one_backend
-@pytest.mark.parametrize(
-    ("make", "new_layers"),
-    [
-        (lambda x: keras.layers.Dense(5, activation="softmax")(pooled(x)), {"new_predictions"}),
-        (lambda x: keras.layers.Dense(3, activation="softmax", name="mine")(pooled(x)), set()),
-        (lambda x: x, {"new_average", "new_predictions"}),
-    ],
-    ids=["other classes", "same classes", "feature maps"],
-)
-def test_a_model_from_a_file_gets_the_classes_of_the_data(make, new_layers, tmp_path):
-    inputs = keras.Input((None, None, 3))
-    features = keras.layers.DepthwiseConv2D(3, name="dw")(inputs)
-    model = rewrite(keras.Model(inputs, make(features)), "shifted")
-    model.save(tmp_path / "mine.keras")
-    loaded = load_start(str(tmp_path / "mine.keras"), (8, 8, 3), 3)
-    assert type(loaded.get_layer("dw")) is keras.layers.DepthwiseConv2D
-    np.testing.assert_array_equal(
-        loaded.get_layer("dw").get_weights()[0], model.get_layer("dw").get_weights()[0]
-    )
-    assert {x.name for x in loaded.layers if x.name.startswith("new_")} == new_layers
-    outputs = keras.ops.convert_to_numpy(loaded(np.ones((2, 8, 8, 3))))
-    assert outputs.shape == (2, 3)
-    assert not np.allclose(outputs.sum(axis=-1), 1)  # Logits.
-
-
 def pooled(x):
     return keras.layers.GlobalAveragePooling2D()(x)
-
-
-@one_backend
-@pytest.mark.parametrize("suffix", ["keras", "h5"])
-def test_the_loss_of_a_model_in_half_precision_is_scaled(suffix, tmp_path):
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        model = depthwise_model()
-    finally:
-        keras.config.set_dtype_policy("float32")
-    model.save(tmp_path / f"mine.{suffix}")
-    loaded = load_start(str(tmp_path / f"mine.{suffix}"), (8, 8, 3), 5)
-    optimizers.compile_model(loaded, Config(), 10)
-    assert type(loaded.optimizer).__name__ == "LossScaleOptimizer"
-
-
-HEADS = {
-    "Dense": lambda x: keras.layers.Dense(3)(x),
-    "sigmoid": lambda x: keras.layers.Dense(3, activation="sigmoid")(x),
-    "softmax before it": lambda x: keras.layers.Dense(3)(keras.layers.Softmax()(x)),
-}
-PROBABILITIES = {
-    "Dense": lambda x: keras.layers.Dense(3, activation="softmax")(x),
-    "Softmax": lambda x: keras.layers.Softmax()(x),
-    "Activation": lambda x: keras.layers.Activation("softmax")(x),
-    "operation": lambda x: keras.ops.softmax(x),
-    "nested": lambda x: keras.Sequential([keras.layers.Dense(3, activation="softmax")])(x),
-}
-
-
-@one_backend
-@pytest.mark.parametrize("head", [*HEADS.items(), *PROBABILITIES.items()], ids=lambda x: x[0])
-def test_only_probabilities_are_kept_as_outputs(head, tmp_path):
-    name, make = head
-    path = str(tmp_path / "mine.keras")
-    inputs = keras.Input((8, 8, 3))
-    keras.Model(inputs, make(pooled(inputs))).save(path)
-    if make is PROBABILITIES.get(name):
-        load_start(path, (8, 8, 3), 3)
-        return
-    with pytest.raises(ValueError, match="3 outputs to end in a softmax.*ends in Dense"):
-        load_start(path, (8, 8, 3), 3)
-
-
-@one_backend
-def test_models_that_do_not_fit_are_refused(tmp_path):
-    path = str(tmp_path / "mine.keras")
-    inputs = keras.Input((8, 8, 3))
-    keras.Model(inputs, keras.layers.Activation("relu")(pooled(inputs))).save(path)
-    with pytest.raises(ValueError, match=r"images of shape \(32, 32, 3\).*mine.keras.*\(8, 8, 3\)"):
-        load_start(path, (32, 32, 3), 5)
-    with pytest.raises(ValueError, match="in a Dense layer.*ends in Activation"):
-        load_start(path, (8, 8, 3), 5)
-    with pytest.raises(ValueError, match="no such file"):
-        load_start(str(tmp_path / "other.keras"), (8, 8, 3), 5)
 
 
 # The recipe
@@ -353,14 +268,13 @@ def test_variants_train_alike_from_the_same_start(run):
     # The dropout of one half would give other losses, were it not the same.
     np.testing.assert_allclose(ours.losses, stock.losses, rtol=1e-3)
     assert stock.steps.first_step_seconds > 0
-    assert stock.without_input_seconds > 0
 
 
 @one_worker
 def test_run_folder_has_all_files(run):
     names = {path.name for path in run.folder.iterdir()}
     expected = {"config.json", "metrics.jsonl", "report.json", "report.md", "curves.png"}
-    expected |= {"model.keras", "checkpoints", "results"}
+    expected |= {"model.keras", "class_names.json", "step_times.json", "checkpoints", "results"}
     assert names == expected | ({"saved_model", "tensorboard"} if ON_TENSORFLOW else set())
     settings = json.loads((run.folder / "config.json").read_text())
     assert Config(**settings) == run.config
@@ -411,6 +325,8 @@ def test_saved_models_load_and_give_equal_outputs(run):
     images = data.load("synthetic", image_size=32)
     batch, _ = next(iter(data.evaluation_dataset(images, 4)))
     outputs = keras.ops.convert_to_numpy(model(batch, training=False))
+    # Probabilities, where the training was on logits.
+    np.testing.assert_allclose(outputs.sum(axis=1), 1, rtol=1e-5)
     # It is the trained model: its batch norms have moved.
     start = train.build_model(run.config, images, Distribution())
     assert any(
@@ -473,6 +389,7 @@ def small(monkeypatch, tmp_path, **settings):
     monkeypatch.setattr("recipes.models.mobilenet_v1", build)
     monkeypatch.setattr(train, "export_model", lambda *_: "")
     monkeypatch.setattr(report, "draw_curves", draw_nothing)
+    monkeypatch.setattr(train, "compare_steps", lambda *_: ComparedSteps())
     values = {"batch_size": 300, "epochs": 3, "output_dir": str(tmp_path), "compare": ("shifted",)}
     return Config(**{**values, **settings})
 
@@ -629,29 +546,13 @@ def test_profiles_have_the_names_of_layers(tmp_path):
     assert (b"DepthwiseConv2D" if keras.backend.backend() == "torch" else name.encode()) in content
 
 
-def test_what_the_wait_for_input_is():
-    assert wait_share(0.4, 0.1) == pytest.approx(0.75)
-    assert wait_share(0.1, 0.4) == 0
-    assert wait_share(None, 0.4) is wait_share(0.4, None) is None
-    model = depthwise_model()
-    optimizers.compile_model(model, Config(ema_momentum=0.9), 10)
-    batch = (np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype("float32"), np.arange(4))
-    model.fit(*batch, verbose=0)
-    before = [keras.ops.convert_to_numpy(v) for v in (*model.variables, *model.optimizer.variables)]
-    assert seconds_without_input(model, batch) > 0
-    after = [keras.ops.convert_to_numpy(v) for v in (*model.variables, *model.optimizer.variables)]
-    for a, b in zip(before, after, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 # Files of a run
 
 
 @one_backend
 def test_results_are_files():
-    result = VariantResult("a", (1.0, 2.0), (0.5,), summary(), (0.1, 0.2), 0.05, "because")
+    result = VariantResult("a", (1.0, 2.0), (0.5,), summary(), (0.1, 0.2), "because", 0.75)
     assert VariantResult.from_json(result.to_json()) == result
-    assert result.input_wait == pytest.approx(0.5)
 
 
 def summary():

@@ -10,11 +10,12 @@ import dataclasses
 import difflib
 import json
 import pathlib
+import re
 import runpy
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from absl import flags
@@ -22,7 +23,7 @@ from absl import flags
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 #: Networks that the recipes build; another `model` is a file.
-BUILT_IN = ("mobilenet_v1", "mobilenet_v2")
+BUILT_IN = ("mobilenet_v1", "mobilenet_v2", "small_cnn", "svhn_cnn", "alexnet")
 MODEL_FILES = (".keras", ".h5")
 
 #: Settings of these networks; a model from a file has its own.
@@ -57,11 +58,14 @@ class Config:
     name: str = _setting("experiment", "names the folder of the results")
     model: str = _setting(
         "mobilenet_v1",
-        "the network: 'mobilenet_v1', 'mobilenet_v2', or the path of a .keras or .h5 file to "
-        "train further; its last layer is replaced where the number of classes is another",
+        "the network: 'mobilenet_v1', 'mobilenet_v2', 'small_cnn' (four convolutions), 'svhn_cnn' "
+        "and 'alexnet' (DoReFa-Net's), or the path of a .keras or .h5 file to train further; its "
+        "last layer is replaced where the number of classes is another",
     )
     stem: str = _setting(
-        "cifar", "strides for small images or for large ones", choices=("cifar", "imagenet")
+        "cifar",
+        "of MobileNets: strides for small images or for large ones",
+        choices=("cifar", "imagenet"),
     )
     width_multiplier: float = _setting(1.0, "factor of the number of filters", above=0)
     dropout: float = _setting(0.0, "rate before the classifier", least=0, below=1)
@@ -83,10 +87,19 @@ class Config:
         "…; 'tune' measures which is the fastest here; the path of a plan as JSON file; or as JSON "
         'one per pass: \'{"forward": …, "input_gradient": …, "kernel_gradient": …}\'',
     )
+    treatment: str = _setting(
+        "",
+        "of the training, which changes what is computed: 'dorefa:W,A,G' has as many bits of "
+        "weights, activations and gradients (32 is float), 'dorefa:7,8,32:limit=6' clips "
+        "activations at 6; 'bc', 'sr', 'bigsr' and 'r' have weights of -1 and 1, "
+        "'sr:delta=0.125' multiples of 0.125. It is compared with the same lowering without it",
+    )
     compare: tuple[str, ...] = _setting(
         (),
-        "lowerings to train one after another from the same start, in place of --lowering and "
-        "stock. The last one's model is saved",
+        "lowerings and treatments to train one after another from the same start, in place of "
+        "--lowering, --treatment and stock: 'stock,shifted', 'stock,dorefa:8,8,8,dorefa:1,2,6', "
+        "'shifted,shifted+dorefa:1,2,6'. A number, or NAME=VALUE, after a comma belongs to what "
+        "is before it. The last one's model is saved",
     )
 
     dataset: str = _setting(
@@ -94,7 +107,7 @@ class Config:
     )
     data_dir: str | None = _setting(None, "where TensorFlow Datasets keeps its data")
     download: bool = _setting(False, "let TensorFlow Datasets download what is not there")
-    image_size: int = _setting(32, "height and width in pixels", least=32)
+    image_size: int = _setting(32, "height and width in pixels; MobileNets need 32", least=8)
     augmentation: str = _setting(
         "none",
         "of training images: 'crop' shifts by up to 1/8 of the size, 'crop_flip' mirrors as well, "
@@ -118,22 +131,29 @@ class Config:
     batch_size: int = _setting(64, "images in a step", least=1)
     epochs: int = _setting(10, "passes over the training images", least=1)
     max_steps: int | None = _setting(None, "end after so many steps, for a trial", least=1)
-    optimizer: str = _setting("sgd", "with Nesterov momentum, or not", choices=("sgd", "rmsprop"))
+    optimizer: str = _setting(
+        "sgd",
+        "'sgd' has Nesterov momentum, the others have not",
+        choices=("sgd", "rmsprop", "adam"),
+    )
     learning_rate: float = _setting(0.1, "the highest, at the end of the warm-up", above=0)
     schedule: str = _setting(
         "cosine",
         "of the learning rate after the warm-up: 'cosine' to 0, or 'step': times --decay_rate "
-        "every --decay_epochs",
+        "every --decay_epochs, or after each of --milestones",
         choices=("cosine", "step", "constant"),
     )
     decay_rate: float = _setting(0.1, "of the schedule 'step'", above=0)
     decay_epochs: float = _setting(30.0, "of the schedule 'step'", above=0)
+    milestones: tuple[str, ...] = _setting(
+        (), "of the schedule 'step', in place of --decay_epochs: epochs, in order"
+    )
     warmup_fraction: float = _setting(
         0.1, "of all steps, in which the learning rate rises", least=0, below=1
     )
-    momentum: float = _setting(0.9, "of the optimizer", least=0, below=1)
+    momentum: float = _setting(0.9, "of the optimizer; Adam's beta_1", least=0, below=1)
     rho: float = _setting(0.9, "of RMSprop: decay of the mean of squares", least=0, below=1)
-    epsilon: float = _setting(1e-7, "of RMSprop, under the root", above=0)
+    epsilon: float = _setting(1e-7, "of RMSprop, under the root; of Adam, beside it", above=0)
     weight_decay: float = _setting(
         0.0, "decoupled, times the learning rate; not on biases and batch norms", least=0
     )
@@ -192,6 +212,7 @@ class Config:
         for field in dataclasses.fields(self):
             value = _checked(field, hints[field.name], getattr(self, field.name))
             object.__setattr__(self, field.name, value)
+        object.__setattr__(self, "compare", _entries(self.compare))
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(
                 "Expected config key `name` to be a plain folder name. "
@@ -215,20 +236,61 @@ class Config:
                 f"recipes build, and do not change one from a file. Received: model={self.model!r} "
                 f"with {', '.join(f'{name}={getattr(self, name)!r}' for name in changed)}"
             )
+        if self.model in BUILT_IN and "mobilenet" not in self.model and self.stem != "cifar":
+            raise ValueError(
+                f"Expected `stem` with a MobileNet only. Received: model={self.model!r} with "
+                f"stem={self.stem!r}"
+            )
+        if self.compare and self.treatment:
+            raise ValueError(
+                "Expected one of `compare` and `treatment`; `compare` may have treatments. "
+                f"Received: compare={','.join(self.compare)} and treatment={self.treatment}"
+            )
+        _check_milestones(self.milestones)
         repeated = {name for name in self.variants if self.variants.count(name) > 1}
         if repeated:
             raise ValueError(
-                f"Expected different lowerings in `compare`. Received: {', '.join(self.variants)}"
+                f"Expected different variants in `compare`. Received: {', '.join(self.variants)}"
             )
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The lowerings to train, in order; `"stock"` for Keras's own layers."""
+        """What to train, in order; `"stock"` for Keras's own layers."""
+        if self.treatment:
+            is_stock = self.lowering == "stock"
+            treated = self.treatment if is_stock else f"{self.lowering}+{self.treatment}"
+            return self.compare or (self.lowering, treated)
         return self.compare or tuple(dict.fromkeys(("stock", self.lowering)))
 
     def to_json(self) -> str:
         """The settings as an indented JSON object."""
         return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def _entries(pieces: Sequence[str]) -> tuple[str, ...]:
+    """What a list that was split at its commas had: treatments have commas, too.
+
+    A piece that is a number, or `NAME=VALUE`, belongs to the one before.
+    """
+    entries: list[str] = []
+    for piece in pieces:
+        if entries and re.fullmatch(r"\d+(:.*)?|\w+=.*", piece):
+            entries[-1] += f",{piece}"
+        else:
+            entries.append(piece)
+    return tuple(entries)
+
+
+def _check_milestones(milestones: Sequence[str]) -> None:
+    try:
+        epochs = [float(epoch) for epoch in milestones]
+    except ValueError:
+        epochs = [0.0]
+    if not all(before < epoch for before, epoch in zip([0.0, *epochs], epochs, strict=False)):
+        raise ValueError(
+            "Expected config key `milestones` to be a list of epochs above 0, in order. "
+            f"Received: milestones={','.join(milestones)}"
+        )
 
 
 def load_config(name_or_path: str) -> Config:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -12,13 +12,21 @@ from diagconv_tf import keras_internals
 from recipes.config import Config
 
 
-def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> None:
+def compile_model(
+    model: keras.Model,
+    config: Config,
+    steps_per_epoch: int,
+    wrap: Callable[[keras.Optimizer, keras.Model], keras.Optimizer] | None = None,
+) -> None:
     """Compiles `model`, which gives probabilities, as `config` says.
 
-    With `label_smoothing` the labels must be one-hot, else class numbers.
+    With `label_smoothing` the labels must be one-hot, else class numbers. `wrap` makes
+    another optimizer of the optimizer and the model.
     """
     spared = () if config.decay_depthwise else _depthwise_kernels(model)
     optimizer = make_optimizer(config, steps_per_epoch, spared)
+    if wrap is not None:
+        optimizer = wrap(optimizer, model)
     if config.label_smoothing:
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)
     else:
@@ -36,7 +44,7 @@ def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> N
 def make_optimizer(
     config: Config, steps_per_epoch: int, spared: Sequence[keras.Variable] = ()
 ) -> keras.Optimizer:
-    """SGD with Nesterov momentum, or RMSprop, with weight decay on kernels only.
+    """SGD with Nesterov momentum, RMSprop or Adam, with weight decay on kernels only.
 
     A step is a batch; the weights are updated every `gradient_accumulation` of
     them, and the learning rate counts updates.
@@ -48,7 +56,6 @@ def make_optimizer(
     """
     arguments: dict[str, Any] = {
         "learning_rate": learning_rate(config, steps_per_epoch),
-        "momentum": config.momentum,
         "weight_decay": config.weight_decay or None,
     }
     if config.gradient_accumulation > 1:
@@ -56,9 +63,15 @@ def make_optimizer(
     if config.ema_momentum:
         arguments |= {"use_ema": True, "ema_momentum": average_momentum(config)}
     if config.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(nesterov=True, **arguments)
+        optimizer = keras.optimizers.SGD(momentum=config.momentum, nesterov=True, **arguments)
+    elif config.optimizer == "rmsprop":
+        optimizer = keras.optimizers.RMSprop(
+            rho=config.rho, momentum=config.momentum, epsilon=config.epsilon, **arguments
+        )
     else:
-        optimizer = keras.optimizers.RMSprop(rho=config.rho, epsilon=config.epsilon, **arguments)
+        optimizer = keras.optimizers.Adam(
+            beta_1=config.momentum, epsilon=config.epsilon, **arguments
+        )
     if config.weight_decay:
         optimizer.exclude_from_weight_decay(
             var_list=list(spared), var_names=["bias", "gamma", "beta"]
@@ -95,6 +108,11 @@ def learning_rate(
     schedules = keras.optimizers.schedules
     if config.schedule == "cosine":
         after: Any = schedules.CosineDecay(config.learning_rate, max(1, updates - warmup))
+    elif config.schedule == "step" and config.milestones:
+        ends = [round(float(epoch) * updates_per_epoch) for epoch in config.milestones]
+        rates = [config.learning_rate * config.decay_rate**n for n in range(len(ends) + 1)]
+        # Keras's own changes after the update of an end, not with it; and the warm-up is past.
+        after = schedules.PiecewiseConstantDecay([end - warmup - 1 for end in ends], rates)
     elif config.schedule == "step":
         after = schedules.ExponentialDecay(
             config.learning_rate,

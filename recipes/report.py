@@ -10,7 +10,11 @@
       report.md        tables and picture, to be read
       report.json      the numbers of the table
       curves.png       loss curves and step times
-      model.keras      the last variant, trained, in stock layers; not compiled
+      bits.png         accuracy against bits, where variants are treatments
+      model.keras      the last variant, trained, in stock layers; not compiled.
+                       Of a low-bit one, the deployed model
+      low_bit.keras    of a low-bit one, the model with its float weights, to
+                       be trained on
       saved_model/     the same for serving (TensorFlow only)
       tensorboard/     events, a folder for each variant (TensorFlow only)
       profile/         with --profile, a folder for each variant
@@ -36,9 +40,11 @@ import rich.console
 import rich.table
 
 from diagconv_tf import files
+from recipes.bits_picture import bits_text, draw_bits
 from recipes.config import BUILT_IN, Config
 from recipes.curves import draw_curves
 from recipes.results import VariantResult
+from recipes.treatments import FLOAT
 
 # In the first steps only rounding tells two exact variants apart; later every
 # training, also one repeated in another order of summation, goes its own way.
@@ -73,7 +79,8 @@ class RunReport:
         first = self.variants[0]
         rows = []
         for variant in self.variants:
-            differences = variant.loss_differences(first)
+            # What a treatment changes is no difference of rounding.
+            differences = np.array([]) if self.has_bits else variant.loss_differences(first)
             rows.append(
                 {
                     "variant": variant.name,
@@ -83,12 +90,18 @@ class RunReport:
                     "loss_difference": _largest(differences),
                     "early_loss_difference": _largest(differences[:EARLY_STEPS]),
                     "choice": variant.choice,
+                    "bits": list(variant.bits),
                 }
             )
         return rows
 
+    @property
+    def has_bits(self) -> bool:
+        """Whether a treatment changed what a variant computes."""
+        return any(variant.bits != FLOAT for variant in self.variants)
+
     def write(self) -> None:
-        """Writes `report.json`, `curves.png` and `report.md`."""
+        """Writes `report.json`, `curves.png`, `report.md`, and perhaps `bits.png`."""
         content = {
             "environment": self.environment,
             "variants": self.rows(),
@@ -101,6 +114,11 @@ class RunReport:
             self.folder / "curves.png",
             lambda path: draw_curves(self.picture_title(), self.variants, path),
         )
+        if self.has_bits:
+            files.write_aside(
+                self.folder / "bits.png",
+                lambda path: draw_bits(self.picture_title(), self.variants, path),
+            )
         files.write_text(self.folder / "report.md", self.to_markdown())
 
     def picture_title(self) -> str:
@@ -114,6 +132,9 @@ class RunReport:
 
     def headings(self) -> list[str]:
         """Of the table's columns."""
+        compared = [f"loss difference, first {EARLY_STEPS} steps", "loss difference, all steps"]
+        if self.has_bits:
+            compared = ["bits (W, A, G)"]
         return [
             "variant",
             "median step",
@@ -121,8 +142,7 @@ class RunReport:
             "first step",
             "waits for input",
             "test accuracy",
-            f"loss difference, first {EARLY_STEPS} steps",
-            "loss difference, all steps",
+            *compared,
         ]
 
     def cells(self) -> list[list[str]]:
@@ -135,13 +155,16 @@ class RunReport:
                 _text(row["first_step_seconds"], "{:.1f} s"),
                 _text(row["input_wait"], "{:.0f} %", factor=1e2),
                 _text(row["test_accuracy"], "{:.2f} %", factor=1e2),
-                *(
-                    _text(row[key] if number else None, "{:.2g}")
-                    for key in ("early_loss_difference", "loss_difference")
-                ),
+                *self._compared(row, number == 0),
             ]
             for number, row in enumerate(self.rows())
         ]
+
+    def _compared(self, row: dict[str, Any], is_first: bool) -> list[str]:
+        if self.has_bits:
+            return [bits_text(row["bits"])]
+        keys = ("early_loss_difference", "loss_difference")
+        return [_text(None if is_first else row[key], "{:.2g}") for key in keys]
 
     def print(self, console: rich.console.Console | None = None) -> None:
         """Prints the table. Where the output is no terminal it is not cut off."""
@@ -181,13 +204,14 @@ class RunReport:
             "",
             "![Loss curves and step times](curves.png)",
             "",
+            *self.about_bits(),
         ]
         for variant in self.variants:
             if variant.choice:
                 lines += [f"`{variant.name}` chose: {variant.choice}", ""]
         if self.restored_accuracy is not None:
             lines += [
-                f"In stock layers again, {self.variants[-1].name} has a test accuracy of "
+                f"{self.ending()}, {self.variants[-1].name} has a test accuracy of "
                 f"{100 * self.restored_accuracy:.2f} %: `model.keras`.",
                 "",
             ]
@@ -205,6 +229,24 @@ class RunReport:
             if getattr(config, field.name) != field.default
         ]
         return "\n".join([*lines, "Settings other than the defaults:", "", *changed])
+
+    def ending(self) -> str:
+        """What was done with the last variant's model."""
+        if self.variants[-1].bits == FLOAT:
+            return "In stock layers again"
+        return "With the weights that it multiplies"
+
+    def about_bits(self) -> list[str]:
+        """Lines on what treatments do, where there are any."""
+        if not self.has_bits:
+            return []
+        return [
+            "Treatments change what is computed: their losses are not those of the first variant "
+            "with other rounding. Bits are of weights, activations and gradients; 32 is float.",
+            "",
+            "![Accuracy against bits](bits.png)",
+            "",
+        ]
 
 
 def environment() -> dict[str, str]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from diagconv_tf.step_timer import StepSummary
 from recipes.input_wait import wait_share
+from recipes.treatments import FLOAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class VariantResult:
     """How one variant was trained.
 
     Args:
-        name: Its lowering, `"stock"`, `"tune"` or a plan.
+        name: Its lowering, `"stock"`, `"tune"` or a plan, and its treatment.
         losses: Training loss of every step (mean over the batch); NaN where it
             was lost.
         test_accuracies: After each epoch, in [0, 1]; likewise.
@@ -28,6 +29,8 @@ class VariantResult:
         without_input_seconds: Median of a step on a batch that is there
             already; None where it was not timed.
         choice: What a plan chose, in a sentence; empty without one.
+        bits: Of weights, activations and gradients; 32 is float, None a grid
+            without end.
     """
 
     name: str
@@ -37,6 +40,7 @@ class VariantResult:
     step_seconds: tuple[float, ...] = dataclasses.field(repr=False)
     without_input_seconds: float | None = None
     choice: str = ""
+    bits: tuple[int | None, ...] = FLOAT
 
     @property
     def test_accuracy(self) -> float:

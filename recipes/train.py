@@ -22,9 +22,9 @@ from typing import Any
 import keras
 from absl import app, flags, logging
 
-from diagconv_tf import StepTimer, export, files, inspect_model, restore
+from diagconv_tf import StepTimer, export, files, inspect_model
 from recipes import config as config_module
-from recipes import data, models, processes
+from recipes import data, dorefa_models, models, processes
 from recipes.averaging import (
     SwapAverages,
     average_statistics,
@@ -140,13 +140,15 @@ def run_recipe(
                 raise
             results.append(result)
         jit_compile = bool(model.jit_compile)
-        # The last variant, in stock layers again.
-        restored = restore(model)
+        # The last variant, in stock layers again wherever that computes the same.
+        restored = variant.finish(model)
         test = evaluation_data(config, images, distribution)
         accuracy = restored.evaluate(test, return_dict=True, verbose=0)["accuracy"]
     exported = ""
     if distribution.is_first:
         files.write_aside(folder / "model.keras", without_training_state(restored).save)
+        if variant.keeps_float_weights:
+            files.write_aside(folder / "low_bit.keras", without_training_state(model).save)
         exported = export_model(restored, folder)
     report = RunReport(
         config,
@@ -196,6 +198,7 @@ def train_variant(
             processes have different plans or checkpoints.
     """
     others, is_first = distribution.processes, distribution.is_first
+    config = variant.settings(config)
     steps_per_epoch = data.steps_per_epoch(images, config.batch_size)
     steps = config.epochs * steps_per_epoch
     if config.max_steps is not None:
@@ -208,7 +211,7 @@ def train_variant(
     model = build_model(config, images, distribution)
     if config.ema_momentum:
         average_statistics(model, average_momentum(config))
-    compile_model(model, config, steps_per_epoch)
+    compile_model(model, config, steps_per_epoch, variant.wrap)
     plan = variant.apply(model, config)
     if plan is not None and is_first:
         (folder / "plans").mkdir(exist_ok=True)
@@ -279,6 +282,7 @@ def train_variant(
             model, next(iter(training_data(config, images, distribution, 0)))
         ),
         choice=plan.reason if plan is not None else "",
+        bits=variant.bits,
     )
     # Not before the step without input has been timed: it would be compiled again.
     stop_averaging(model)
@@ -349,7 +353,14 @@ def build_model(config: Config, images: data.ImageData, distribution: Distributi
 
 
 def _built_in(config: Config, images: data.ImageData) -> keras.Model:
-    build = {"mobilenet_v1": models.mobilenet_v1, "mobilenet_v2": models.mobilenet_v2}
+    build = {
+        "mobilenet_v1": models.mobilenet_v1,
+        "mobilenet_v2": models.mobilenet_v2,
+        "small_cnn": models.small_cnn,
+        "svhn_cnn": dorefa_models.svhn_cnn,
+        "alexnet": dorefa_models.alexnet,
+    }
+    stem = {"stem": config.stem} if "mobilenet" in config.model else {}
     former_policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(config.dtype_policy)
     try:
@@ -357,7 +368,7 @@ def _built_in(config: Config, images: data.ImageData) -> keras.Model:
             images.image_shape,
             images.classes,
             width_multiplier=config.width_multiplier,
-            stem=config.stem,
+            **stem,
             dropout=config.dropout,
             batch_norm_momentum=config.batch_norm_momentum,
         )

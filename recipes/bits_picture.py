@@ -45,7 +45,8 @@ def draw_bits(title: str, variants: Sequence[VariantResult], path: str) -> None:
             label="float" if bits == FLOAT[2] else f"{bits} bits",
             zorder=3,
         )
-    for product in sorted({_product(variant) for variant in known}):
+    products = sorted({_product(variant) for variant in known})
+    for product in products:
         own = sorted(
             (variant for variant in known if _product(variant) == product),
             key=lambda variant: -variant.test_accuracy,
@@ -64,6 +65,7 @@ def draw_bits(title: str, variants: Sequence[VariantResult], path: str) -> None:
             fontsize=8,
         )
     axes.set_xscale("log", base=2)
+    axes.set_xticks(products, [str(product) for product in products])
     axes.set_xlabel("bits of a weight × bits of an activation")
     axes.set_ylabel("test accuracy in %")
     axes.margins(x=0.12, y=0.2)

@@ -241,11 +241,6 @@ class Config:
                 f"Expected `stem` with a MobileNet only. Received: model={self.model!r} with "
                 f"stem={self.stem!r}"
             )
-        if self.compare and self.treatment:
-            raise ValueError(
-                "Expected one of `compare` and `treatment`; `compare` may have treatments. "
-                f"Received: compare={','.join(self.compare)} and treatment={self.treatment}"
-            )
         _check_milestones(self.milestones)
         repeated = {name for name in self.variants if self.variants.count(name) > 1}
         if repeated:
@@ -256,11 +251,13 @@ class Config:
     @property
     def variants(self) -> tuple[str, ...]:
         """What to train, in order; `"stock"` for Keras's own layers."""
+        if self.compare:
+            return self.compare
         if self.treatment:
             is_stock = self.lowering == "stock"
             treated = self.treatment if is_stock else f"{self.lowering}+{self.treatment}"
-            return self.compare or (self.lowering, treated)
-        return self.compare or tuple(dict.fromkeys(("stock", self.lowering)))
+            return (self.lowering, treated)
+        return tuple(dict.fromkeys(("stock", self.lowering)))
 
     def to_json(self) -> str:
         """The settings as an indented JSON object."""

@@ -72,7 +72,7 @@ def test_config_files_are_named_and_documented(name):
             r"mobilenet_v2, or the path of a file named.*Received: model=.resnet",
         ),
         ({"name": "a/b"}, "plain folder name"),
-        ({"compare": ("stock", "stock")}, "different lowerings"),
+        ({"compare": ("stock", "stock")}, "different variants"),
         ({"compare": "stock"}, "a list of strings"),
         (
             {"model": "a.keras", "dropout": 0.5, "stem": "imagenet"},
@@ -522,16 +522,17 @@ def one_config_for_each_dataset():
 @pytest.mark.parametrize("name", config_names())
 def test_every_config_makes_a_model_that_can_be_trained(name, monkeypatch):
     small_networks(monkeypatch)
-    config = dataclasses.replace(load_config(name), image_size=32)
+    config = load_config(name)
     if config.model not in config_module.BUILT_IN:
         return  # A file of the user's.
-    images = data.load("synthetic", image_size=32)
+    size = min(config.image_size, 64)
+    images = data.load("synthetic", image_size=size)
     model = train.build_model(config, images, Distribution())
     optimizers.compile_model(model, config, 10)
     labels = np.arange(2)
     if config.label_smoothing:
         labels = np.eye(images.classes)[labels]
-    inputs = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype("float32")
+    inputs = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype("float32")
     assert np.isfinite(model.train_on_batch(inputs, labels)).all()
 
 
@@ -545,9 +546,10 @@ def test_configs_train(name, tmp_path, monkeypatch):
     small_networks(monkeypatch)
     # Tuning has tests of its own; here it would measure for a minute.
     monkeypatch.setattr("recipes.variants.tune", lambda model, _: Plan.of_model(model))
+    config = load_config(name)
     config = dataclasses.replace(
-        load_config(name),
-        image_size=32,
+        config,
+        image_size=max(32, min(config.image_size, 64)),
         batch_size=6,
         max_steps=2,
         compare=("tune",),

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from recipes.results import VariantResult
-from recipes.treatments import FLOAT
 
 
 def bits_text(bits: Sequence[int | None]) -> str:
@@ -17,68 +16,69 @@ def bits_text(bits: Sequence[int | None]) -> str:
 
 
 def draw_bits(title: str, variants: Sequence[VariantResult], path: str) -> None:
-    """Draws test accuracy against the bits of a product as a PNG file.
+    """Draws test accuracy against bits, the fewest first, as a PNG file.
 
     A product of an M-bit weight and a K-bit activation takes M · K products of bits (arXiv
-    1606.06160, equation 3). Colours tell the bits of gradients, which count in training only.
+    1606.06160, equation 3): these order the variants, and then the bits of gradients, which
+    count in training only.
 
     Args:
         title: Of the picture.
-        variants: With their bits. Those of a grid without end are left out.
+        variants: With their bits; a line shows the accuracy of the first. A grid without end
+            comes last.
         path: Of the file.
     """
-    known = [v for v in variants if None not in v.bits and not math.isnan(v.test_accuracy)]
+    known = [variant for variant in variants if not math.isnan(variant.test_accuracy)]
+    # Stable: the methods of one number of bits keep their order.
+    ordered = sorted(known, key=lambda variant: (_product(variant), variant.bits[2] or 0))
     # No pyplot: it needs no display, and keeps no figure alive.
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(2.5 + 0.75 * len(ordered), 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    gradients = sorted({variant.bits[2] for variant in known})
-    # Okabe and Ito: told apart by those who see fewer colours.
-    palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-    colors = {bits: palette[n % len(palette)] for n, bits in enumerate(reversed(gradients))}
-    for bits in gradients:
-        own = [variant for variant in known if variant.bits[2] == bits]
-        axes.scatter(
-            [_product(variant) for variant in own],
-            [100 * variant.test_accuracy for variant in own],
-            s=55,
-            color=colors[bits],
-            label="float" if bits == FLOAT[2] else f"{bits} bits",
-            zorder=3,
+    if known:
+        first = 100 * known[0].test_accuracy
+        axes.axhline(first, color="0.6", linewidth=1, linestyle="--", label=known[0].name)
+        axes.legend(frameon=False)
+    products = [_product(variant) for variant in ordered]
+    for product in dict.fromkeys(products):
+        places = [place for place, other in enumerate(products) if other == product]
+        if places[0]:
+            axes.axvline(places[0] - 0.5, color="0.85", linewidth=0.8)
+        axes.text(
+            (places[0] + places[-1]) / 2,
+            1.01,
+            "–" if product == math.inf else f"{product:g}",
+            transform=axes.get_xaxis_transform(),
+            ha="center",
         )
-    products = sorted({_product(variant) for variant in known})
-    for product in products:
-        own = sorted(
-            (variant for variant in known if _product(variant) == product),
-            key=lambda variant: -variant.test_accuracy,
-        )
-        # Names of one column stand below one another, so that none hides another.
-        text = "\n".join(
-            f"{v.name} ({100 * v.test_accuracy:.2f})" if len(own) > 1 else v.name for v in own
-        )
+    accuracies = [100 * variant.test_accuracy for variant in ordered]
+    axes.plot(accuracies, "o", color="#0072B2", markersize=8)
+    for place, accuracy in enumerate(accuracies):
         axes.annotate(
-            text,
-            (product, 100 * own[0].test_accuracy),
-            xytext=(0, 8),
+            f"{accuracy:.2f}",
+            (place, accuracy),
+            xytext=(0, -8),
             textcoords="offset points",
             ha="center",
-            va="bottom",
+            va="top",
             fontsize=8,
         )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(products, [str(product) for product in products])
-    axes.set_xlabel("bits of a weight × bits of an activation")
+    axes.set_xticks(
+        range(len(ordered)),
+        [variant.name for variant in ordered],
+        rotation=40,
+        ha="right",
+        rotation_mode="anchor",
+    )
+    axes.set_xlim(-0.5, len(ordered) - 0.5)
     axes.set_ylabel("test accuracy in %")
-    axes.margins(x=0.12, y=0.2)
+    axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.92", linewidth=0.8)
+    axes.grid(axis="y", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(title="gradients", frameon=False)
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(f"{title}\nabove: bits of a weight × bits of an activation", fontsize=10)
     figure.savefig(path)
 
 
-def _product(variant: VariantResult) -> int:
-    weights, activations, _ = variant.bits
-    assert weights is not None, "left out"
-    assert activations is not None, "treatments round weights, or quantize activations"
-    return weights * activations
+def _product(variant: VariantResult) -> float:
+    weights, activations = variant.bits[:2]
+    return math.inf if weights is None or activations is None else weights * activations

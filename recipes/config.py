@@ -6,8 +6,10 @@ limits; the flags of `recipes.train` and all error messages follow from that.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import importlib
 import json
 import pathlib
 import re
@@ -15,10 +17,12 @@ import runpy
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
+
+from diagconv_cli.quiet import silence_tensorflow_log
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
@@ -60,7 +64,19 @@ class Config:
         "mobilenet_v1",
         "the network: 'mobilenet_v1', 'mobilenet_v2', 'small_cnn' (four convolutions), 'svhn_cnn' "
         "and 'alexnet' (DoReFa-Net's), or the path of a .keras or .h5 file to train further; its "
-        "last layer is replaced where the number of classes is another",
+        "classifier is replaced where the number of classes is another",
+    )
+    freeze: str = _setting(
+        "none",
+        "of a model from a file: 'backbone' trains its classifier alone; frozen batch norms keep "
+        "their statistics and use them",
+        choices=("none", "backbone"),
+    )
+    unfreeze_after: int | None = _setting(
+        None,
+        "epochs after which all but the batch norms is trained; without it --freeze lasts to the "
+        "end",
+        least=1,
     )
     stem: str = _setting(
         "cifar",
@@ -76,10 +92,11 @@ class Config:
         below=1,
     )
     input_range: str = _setting(
-        "symmetric",
+        "auto",
         "of the pixels that the model takes: 'symmetric' is [-1, 1], 'unit' [0, 1], 'bytes' "
-        "[0, 255]; models from files may want another than ours",
-        choices=("symmetric", "unit", "bytes"),
+        "[0, 255]; 'auto' is what a file's own preprocessing wants, such as a Rescaling, and "
+        "without any 'symmetric'",
+        choices=("auto", "symmetric", "unit", "bytes"),
     )
     lowering: str = _setting(
         "diagonal:32",
@@ -107,7 +124,12 @@ class Config:
     )
     data_dir: str | None = _setting(None, "where TensorFlow Datasets keeps its data")
     download: bool = _setting(False, "let TensorFlow Datasets download what is not there")
-    image_size: int = _setting(32, "height and width in pixels; MobileNets need 32", least=8)
+    image_size: int | None = _setting(
+        None,
+        "height and width in pixels; by default that of a model from a file, 224 where it takes "
+        "any, and 32 for the networks of the recipes, of which MobileNets take no fewer",
+        least=8,
+    )
     augmentation: str = _setting(
         "none",
         "of training images: 'crop' shifts by up to 1/8 of the size, 'crop_flip' mirrors as well, "
@@ -140,13 +162,15 @@ class Config:
     schedule: str = _setting(
         "cosine",
         "of the learning rate after the warm-up: 'cosine' to 0, or 'step': times --decay_rate "
-        "every --decay_epochs, or after each of --milestones",
+        "at --decay_epochs",
         choices=("cosine", "step", "constant"),
     )
     decay_rate: float = _setting(0.1, "of the schedule 'step'", above=0)
-    decay_epochs: float = _setting(30.0, "of the schedule 'step'", above=0)
-    milestones: tuple[str, ...] = _setting(
-        (), "of the schedule 'step', in place of --decay_epochs: epochs, in order"
+    decay_epochs: tuple[float, ...] = _setting(
+        (30.0,),
+        "of the schedule 'step', from the end of the warm-up: one number for every so many epochs, "
+        "or several, rising, for these epochs",
+        above=0,
     )
     warmup_fraction: float = _setting(
         0.1, "of all steps, in which the learning rate rises", least=0, below=1
@@ -178,7 +202,7 @@ class Config:
         choices=("float32", "float64", "mixed_bfloat16", "mixed_float16"),
     )
     jit_compile: str = _setting(
-        "auto", "compile with XLA; 'auto' is Keras's choice", choices=("auto", "on", "off")
+        "auto", "compile with XLA; 'auto' is Keras's choice", choices=("auto", "true", "false")
     )
     distribution: str = _setting(
         "none",
@@ -200,6 +224,13 @@ class Config:
     overwrite: bool = _setting(False, "replace results of the same name")
     resume: bool = _setting(False, "go on with the run of the same name where there is one")
     checkpoint_epochs: int = _setting(1, "save a checkpoint every so many epochs", least=1)
+    log_every: int = _setting(
+        50,
+        "steps between two lines of metrics.jsonl, which have the mean loss of these steps, and "
+        "between two looks for a loss that is NaN; in between nothing waits for the device. Each "
+        "of the first 20 steps has a line",
+        least=1,
+    )
     profile: bool = _setting(False, "trace 20 steps of each variant, for TensorBoard or Perfetto")
 
     def __new__(cls, **values: Any) -> Config:
@@ -241,7 +272,26 @@ class Config:
                 f"Expected `stem` with a MobileNet only. Received: model={self.model!r} with "
                 f"stem={self.stem!r}"
             )
-        _check_milestones(self.milestones)
+        if self.freeze != "none" and self.model in BUILT_IN:
+            raise ValueError(
+                f"Expected `freeze` with a model from a file: in {self.model} all weights are new. "
+                f"Received: freeze={self.freeze!r}"
+            )
+        if self.unfreeze_after is not None and self.freeze == "none":
+            raise ValueError(
+                "Expected `unfreeze_after` with freeze='backbone'. Received: "
+                f"unfreeze_after={self.unfreeze_after} with freeze='none'"
+            )
+        if self.unfreeze_after is not None and self.unfreeze_after >= self.epochs:
+            raise ValueError(
+                f"Expected `unfreeze_after` to be less than `epochs`, {self.epochs}. Received: "
+                f"unfreeze_after={self.unfreeze_after}"
+            )
+        if not self.decay_epochs or list(self.decay_epochs) != sorted(set(self.decay_epochs)):
+            raise ValueError(
+                "Expected config key `decay_epochs` to be one number, or several that rise. "
+                f"Received: decay_epochs={self.decay_epochs}"
+            )
         repeated = {name for name in self.variants if self.variants.count(name) > 1}
         if repeated:
             raise ValueError(
@@ -264,6 +314,11 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
+def config_names() -> list[str]:
+    """The files in `recipes/configs`, without `.py`."""
+    return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+
+
 def _entries(pieces: Sequence[str]) -> tuple[str, ...]:
     """What a list that was split at its commas had: treatments have commas, too.
 
@@ -276,18 +331,6 @@ def _entries(pieces: Sequence[str]) -> tuple[str, ...]:
         else:
             entries.append(piece)
     return tuple(entries)
-
-
-def _check_milestones(milestones: Sequence[str]) -> None:
-    try:
-        epochs = [float(epoch) for epoch in milestones]
-    except ValueError:
-        epochs = [0.0]
-    if not all(before < epoch for before, epoch in zip([0.0, *epochs], epochs, strict=False)):
-        raise ValueError(
-            "Expected config key `milestones` to be a list of epochs above 0, in order. "
-            f"Received: milestones={','.join(milestones)}"
-        )
 
 
 def load_config(name_or_path: str) -> Config:
@@ -303,8 +346,7 @@ def load_config(name_or_path: str) -> Config:
     """
     path = pathlib.Path(name_or_path)
     if path.suffix != ".py":
-        known = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem != "__init__")
-        check_names([name_or_path], known, "config")
+        check_names([name_or_path], config_names(), "config")
         path = CONFIGS / f"{name_or_path}.py"
     if not path.is_file():
         raise ValueError(f"Expected --config to be an existing file. Received: {name_or_path}")
@@ -326,9 +368,17 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
             tuple: flags.DEFINE_list,
             str: flags.DEFINE_string,
         }[kind]
-        choices = field.metadata["choices"]
-        help = field.metadata["help"] + (f"; one of {', '.join(choices)}" if choices else "")
-        define(field.name, None, help, flag_values=flag_values)
+        define(field.name, None, _flag_help(field), flag_values=flag_values)
+
+
+def _flag_help(field: dataclasses.Field) -> str:
+    choices, default = field.metadata["choices"], field.default
+    help = field.metadata["help"] + (f"; one of {', '.join(choices)}" if choices else "")
+    if default is None or default == ():
+        return help
+    values = default if isinstance(default, tuple) else (default,)
+    text = ",".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
+    return f"{help} (default: {text})"
 
 
 def config_from_flags(config: Config, flag_values: flags.FlagValues = flags.FLAGS) -> Config:
@@ -350,14 +400,26 @@ def check_names(received: Iterable[str], known: Iterable[str], what: str) -> Non
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Like absl's own parser, but an error is one line and exit code 2."""
+    """Like absl's own parser, but an error is one line and exit code 2, and `--help` is none."""
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         exit_with_line(str(error), code=2)
+    except SystemExit:
+        sys.exit(0)  # absl has shown the help, and calls that code 1.
     if len(rest) > 1:
         exit_with_line(f"Expected flags only. Received: {' '.join(rest[1:])}", code=2)
     return rest
+
+
+def import_quietly() -> None:
+    """Imports Keras for a command: one line where it fails, and none of TensorFlow's log."""
+    silence_tensorflow_log()
+    try:
+        importlib.import_module("keras")
+    # What Keras says of a missing or misspelt backend.
+    except (ImportError, ValueError) as error:
+        exit_with_line(str(error), code=1)
 
 
 def exit_with_line(message: str, code: int) -> typing.NoReturn:
@@ -369,39 +431,53 @@ def exit_with_line(message: str, code: int) -> typing.NoReturn:
 def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
     """`value` as the field's type; ValueError where it does not fit."""
     kind = _plain_type(hint)
-    optional = kind is not hint and type(None) in typing.get_args(hint)
-    if value is None and optional:
+    if value is None and type(None) in typing.get_args(hint):
         return value
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is tuple and isinstance(value, list | tuple):
-        value = tuple(value)
-    least, above = field.metadata["least"], field.metadata["above"]
-    below, choices = field.metadata["below"], field.metadata["choices"]
-    expected = {bool: "a bool", int: "an int", float: "a float", str: "a string"}.get(
-        kind, "a list of strings"
-    )
-    expected += "".join(
-        f"{text} {limit:g}"
-        for text, limit in ((" of at least", least), (" above", above), (" below", below))
-        if limit is not None
-    )
-    if choices:
-        expected = f"one of {', '.join(choices)}"
-    fits = (
-        type(value) is kind
-        and (kind is not tuple or all(isinstance(item, str) and item for item in value))
-        and (least is None or value >= least)
-        and (above is None or value > above)
-        and (below is None or value < below)
-        and (not choices or value in choices)
-        and (kind is not float or value < float("inf"))
+    is_list = kind is tuple
+    if is_list:
+        kind = typing.get_args(hint)[0]
+    items = list(value) if is_list and isinstance(value, list | tuple) else [value]
+    if kind is float:
+        # On the command line the items of lists are texts.
+        items = [_as_number(item, is_text_allowed=is_list) for item in items]
+    limits = field.metadata
+    fits = isinstance(value, list | tuple) == is_list and all(
+        type(item) is kind
+        and (not is_list or item != "")
+        and (limits["least"] is None or item >= limits["least"])
+        and (limits["above"] is None or item > limits["above"])
+        and (limits["below"] is None or item < limits["below"])
+        and (not limits["choices"] or item in limits["choices"])
+        and (kind is not float or item < float("inf"))
+        for item in items
     )
     if not fits:
         raise ValueError(
-            f"Expected config key `{field.name}` to be {expected}. Received: {field.name}={value!r}"
+            f"Expected config key `{field.name}` to be {_expected(kind, is_list, limits)}. "
+            f"Received: {field.name}={value!r}"
         )
+    return tuple(items) if is_list else items[0]
+
+
+def _as_number(value: Any, is_text_allowed: bool) -> Any:
+    """A float, where `value` is a whole number or, if that is allowed, the text of a number."""
+    if type(value) is int:
+        return float(value)
+    if isinstance(value, str) and is_text_allowed:
+        with contextlib.suppress(ValueError):
+            return float(value)
     return value
+
+
+def _expected(kind: type, is_list: bool, limits: Mapping[str, Any]) -> str:
+    if limits["choices"]:
+        return f"one of {', '.join(limits['choices'])}"
+    name = {bool: "bool", int: "int", float: "float", str: "string"}[kind]
+    article = "an" if kind is int else "a"
+    bounds = ((" of at least", "least"), (" above", "above"), (" below", "below"))
+    return (f"a list of {name}s" if is_list else f"{article} {name}") + "".join(
+        f"{text} {limits[key]:g}" for text, key in bounds if limits[key] is not None
+    )
 
 
 def _plain_type(hint: Any) -> type:

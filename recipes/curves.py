@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from recipes.results import VariantResult
 
@@ -38,14 +39,17 @@ def draw_curves(title: str, variants: Sequence[VariantResult], path: str) -> Non
 
 def _draw_losses(variants: Sequence[VariantResult], axes: Axes) -> None:
     for number, variant in enumerate(variants):
-        steps = np.arange(1, len(variant.losses) + 1)
+        if not variant.losses:
+            continue
+        steps = np.array(variant.loss_steps)
         color = _color(number)
         axes.plot(steps, variant.losses, color=color, alpha=0.25, linewidth=0.7)
         window = max(1, len(steps) // 40)
         # Where two variants agree the second hides the first: that is wider.
         is_below = number == 0 and len(variants) > 1
         axes.plot(
-            *_moving_mean(steps, variant.losses, window),
+            _moving_mean(steps, window),
+            _moving_mean(variant.losses, window),
             color=color,
             alpha=0.5 if is_below else 1.0,
             linewidth=5 if is_below else 1.8,
@@ -53,7 +57,7 @@ def _draw_losses(variants: Sequence[VariantResult], axes: Axes) -> None:
             label=f"{variant.name}, test accuracy {100 * variant.test_accuracy:.2f} %",
         )
     axes.set_yscale("log")
-    axes.set_ylabel(f"training loss\n(thick: mean of {window} steps)")
+    axes.set_ylabel("training loss\n(thick: moving mean)")
     axes.legend(frameon=False)
     axes.tick_params(labelbottom=False)
 
@@ -62,7 +66,7 @@ def _draw_differences(variants: Sequence[VariantResult], axes: Axes) -> None:
     first = variants[0]
     for number, variant in enumerate(variants[1:], start=1):
         differences = variant.loss_differences(first)
-        steps = np.arange(1, len(differences) + 1)
+        steps = np.intersect1d(variant.loss_steps, first.loss_steps)
         marker = "o" if len(steps) == 1 else None
         # An exact zero has no place on a logarithmic axis.
         visible = np.where(differences > 0, differences, np.nan)
@@ -104,10 +108,9 @@ def _longest_time(variants: Sequence[VariantResult]) -> float | None:
     return 1.15 * max(ends) if ends else None
 
 
-def _moving_mean(steps: np.ndarray, values, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of `window` neighbours, and the steps in their middle."""
-    means = np.convolve(values, np.ones(window) / window, mode="valid")
-    return steps[window - 1 :] - (window - 1) / 2, means
+def _moving_mean(values: ArrayLike, window: int) -> np.ndarray:
+    """Means of `window` neighbours."""
+    return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
 def _color(number: int) -> str:

@@ -56,10 +56,10 @@ class Distribution:
         if backend == "tensorflow":
             import tensorflow as tf
 
-            if config.jit_compile == "on":
+            if config.jit_compile == "true":
                 raise ValueError(
-                    "Expected --jit_compile=auto or off with --distribution=data_parallel: "
-                    "TensorFlow cannot compile a step of several replicas with XLA. Received: on"
+                    "Expected --jit_compile=auto or false with --distribution=data_parallel: "
+                    "TensorFlow cannot compile a step of several replicas with XLA. Received: true"
                 )
             if config.gradient_accumulation > 1:
                 raise ValueError(

@@ -25,6 +25,7 @@ def svhn_cnn(
     width_multiplier: float = 1.0,
     dropout: float = 0.5,
     batch_norm_momentum: float = 0.9,
+    classifier_activation: str | None = "softmax",
     name: str = "svhn_cnn",
 ) -> keras.Model:
     """Seven convolutions for house numbers of 40x40 pixels.
@@ -39,11 +40,12 @@ def svhn_cnn(
         width_multiplier: Factor of the numbers of filters, which are rounded down.
         dropout: Rate before the last convolution.
         batch_norm_momentum: Of the moving averages.
+        classifier_activation: As of `recipes.models.mobilenet_v1`.
         name: Of the model.
 
     Returns:
         An uncompiled functional model, (batch, *input_shape) → (batch, classes)
-        probabilities.
+        probabilities or logits.
 
     Raises:
         ValueError: If the image is too small.
@@ -64,7 +66,8 @@ def svhn_cnn(
     x = layers.Flatten(name="flatten")(x)
     # The sum of squares times half of this is a part of the loss.
     regularizer = keras.regularizers.L2(0.5e-7)
-    return keras.Model(inputs, _classifier(x, classes, regularizer), name=name)
+    outputs = _classifier(x, classes, classifier_activation, regularizer)
+    return keras.Model(inputs, outputs, name=name)
 
 
 def alexnet(
@@ -74,6 +77,7 @@ def alexnet(
     width_multiplier: float = 1.0,
     dropout: float = 0.0,
     batch_norm_momentum: float = 0.9,
+    classifier_activation: str | None = "softmax",
     name: str = "alexnet",
 ) -> keras.Model:
     """AlexNet as DoReFa-Net has it: batch normalizations, no dropout, two groups.
@@ -85,11 +89,12 @@ def alexnet(
         width_multiplier: Factor of the numbers of filters and units, which are rounded down.
         dropout: Rate before each of the last two dense layers; the authors have none.
         batch_norm_momentum: Of the moving averages.
+        classifier_activation: As of `recipes.models.mobilenet_v1`.
         name: Of the model.
 
     Returns:
         An uncompiled functional model, (batch, *input_shape) → (batch, classes)
-        probabilities.
+        probabilities or logits.
 
     Raises:
         ValueError: If the image is too small.
@@ -119,7 +124,8 @@ def alexnet(
         x = layers.ReLU(name=f"dense_{number}_relu")(x)
     if dropout:
         x = layers.Dropout(dropout, name="dropout_1")(x)
-    return keras.Model(inputs, _classifier(x, classes, regularizer), name=name)
+    outputs = _classifier(x, classes, classifier_activation, regularizer)
+    return keras.Model(inputs, outputs, name=name)
 
 
 class _Block:
@@ -163,9 +169,17 @@ class _Block:
         return layers.ReLU(name=f"{name}_relu")(x)
 
 
-def _classifier(x: Any, classes: int, regularizer: keras.regularizers.Regularizer) -> Any:
+def _classifier(
+    x: Any, classes: int, activation: str | None, regularizer: keras.regularizers.Regularizer
+) -> Any:
+    compute_dtype = keras.config.dtype_policy().compute_dtype
     return layers.Dense(
-        classes, activation="softmax", kernel_regularizer=regularizer, name="predictions"
+        classes,
+        activation=activation,
+        kernel_regularizer=regularizer,
+        name="predictions",
+        # Half precision has too few digits for what the loss is made of.
+        dtype=keras.backend.result_type(compute_dtype, "float32"),
     )(x)
 
 

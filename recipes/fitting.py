@@ -9,6 +9,7 @@ one training.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -43,13 +44,20 @@ def fit_from(
     save_every: int = 1,
     record: Callable[[], dict[str, Any]] = dict,
     interruption: Interruption | None = None,
-    check_loss_every: int = 1,
+    log_every: int = 1,
+    log_first: int = 0,
+    max_steps: int | None = None,
     verbose: int | str = "auto",
 ) -> keras.callbacks.History:
     """Trains `model` from where it stands to the end.
 
     On one CPU device the result is bit for bit that of a training that was
     never interrupted.
+
+    Keras reads the loss after every step for the callbacks, and so waits for
+    the device. Here steps come in groups of `log_every`: callbacks are told of
+    the begin of a group and of its end, as of one call that runs several steps
+    (Keras's `steps_per_execution`), and between the two the host runs ahead.
 
     Args:
         model: compiled, with the state of `start`.
@@ -60,17 +68,21 @@ def fit_from(
             `steps_per_execution`.
         epochs: in all, those before `start` included.
         validation_data: as in `fit`; it is gone through after each epoch.
-        callbacks: as in `fit`. Where the training goes on within an epoch, the
-            first batch they are told of has its number in that epoch, and the
-            means in the logs are over the whole epoch.
+        callbacks: as in `fit`, told of groups of steps. Where the training
+            goes on within an epoch, the first batch they are told of has its
+            number in that epoch, and the means in the logs are over the whole
+            epoch.
         checkpoints: where to save; `None` does not.
         save_every: epochs. The last one is saved as well.
         record: gives what shall be in a checkpoint beside the model, such as
             the state of callbacks. It is called when all of them have seen the
             step or the epoch. JSON must be able to hold it.
         interruption: entered; `None` notices no signals.
-        check_loss_every: steps. Each check waits for the device; but where a
-            callback has `on_train_batch_end`, Keras waits at every step anyway.
+        log_every: steps in a group, at least 1. At its end the loss is looked
+            at. Groups end with multiples of this number and with epochs.
+        log_first: so many of the first steps are groups of their own.
+        max_steps: the training ends after so many, those before `start`
+            included. With no more than these it only ends the epoch.
         verbose: as in `fit`.
 
     Returns:
@@ -96,7 +108,9 @@ def fit_from(
         save_every=save_every,
         record=record,
         interruption=interruption,
-        check_loss_every=check_loss_every,
+        log_every=log_every,
+        log_first=log_first,
+        max_steps=max_steps,
         verbose=verbose,
     )
     shared = {
@@ -143,6 +157,8 @@ def fit_from(
 class _Watch(keras.callbacks.CallbackList):
     """The callbacks; after them, it checks the loss, saves, and looks for signals.
 
+    Callbacks are told of groups of steps, signals are looked for in each.
+
     It is the list and not one more callback in it, because all others must have
     seen a step before it is saved, and because they are to be told of one
     training where there are two `fit`s.
@@ -160,7 +176,9 @@ class _Watch(keras.callbacks.CallbackList):
         save_every: int,
         record: Callable[[], dict[str, Any]],
         interruption: Interruption | None,
-        check_loss_every: int,
+        log_every: int,
+        log_first: int,
+        max_steps: int | None,
         verbose: int | str,
     ) -> None:
         super().__init__(
@@ -179,7 +197,10 @@ class _Watch(keras.callbacks.CallbackList):
         self._save_every = save_every
         self._record = record
         self._interruption = interruption
-        self._check_loss_every = check_loss_every
+        self._log_every = log_every
+        self._log_first = log_first
+        self._max_steps = math.inf if max_steps is None else max_steps
+        self._in_group = False
         self._losses = LossCheck()
         self.keep_generators()
         self._before_test: Snapshot | None = None
@@ -191,6 +212,7 @@ class _Watch(keras.callbacks.CallbackList):
         if not self._begun:
             self._begun = True
             super().on_train_begin(logs)
+            self._stop_at_most(self._start.step)
 
     def on_train_end(self, logs=None):
         # Of one `fit`, perhaps not the last.
@@ -204,6 +226,7 @@ class _Watch(keras.callbacks.CallbackList):
     def on_epoch_begin(self, epoch, logs=None):
         first_step = epoch * self._steps_per_epoch
         self._offset = 0
+        self._in_group = False
         if epoch == self._start.epochs and self._start.step > first_step:
             self._offset = self._start.step - first_step
             # Keras has just reset them.
@@ -224,21 +247,40 @@ class _Watch(keras.callbacks.CallbackList):
 
     def on_train_batch_begin(self, batch, logs=None):
         self._put_generators_back()
-        super().on_train_batch_begin(self._offset + batch, logs)
+        if not self._in_group:
+            self._in_group = True
+            super().on_train_batch_begin(self._offset + batch, logs)
 
     def on_train_batch_end(self, batch, logs=None):
-        super().on_train_batch_end(self._offset + batch, logs)
-        epochs = self._position[1]
+        before, epochs = self._position
         step = epochs * self._steps_per_epoch + self._offset + batch + 1
+        ends = self._ends_group(before, step)
+        if ends:
+            self._in_group = False
+            super().on_train_batch_end(self._offset + batch, logs)
+            self._stop_at_most(step)
         self._position = (step, epochs)
         asked = self._asked(step)
-        if asked or step % self._check_loss_every == 0:
+        if asked or ends:
             self._check_loss(logs)
         if asked:
             self.stop_if_asked(self._snapshot(metrics_values(self.model)))
-        elif self._is_stopped():
-            # A callback ends the training here; with others it may go on some day.
+        elif ends and self._is_stopped():
+            # The training ends here; with other settings it may go on some day.
             self._save(self._snapshot(metrics_values(self.model)))
+
+    def _ends_group(self, before: int, step: int) -> bool:
+        """Whether callbacks are told of `step`, which came after step `before`."""
+        return (
+            step <= self._log_first
+            or step // self._log_every > before // self._log_every
+            or step % self._steps_per_epoch == 0
+            or step >= self._max_steps
+        )
+
+    def _stop_at_most(self, step: int) -> None:
+        if step >= self._max_steps:
+            keras_internals.callback_model(self).stop_training = True
 
     def on_test_begin(self, logs=None):
         self._put_generators_back()

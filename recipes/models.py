@@ -26,6 +26,7 @@ Lowering = str | dict[str, str]
 
 STEMS = ("imagenet", "cifar")
 MINIMUM_SIZE = 32
+ACTIVATIONS = ("softmax", None)
 
 # (filters, stride) of the 13 separable blocks: table 1 of arXiv 1704.04861.
 _V1_BLOCKS = (
@@ -65,6 +66,7 @@ def mobilenet_v1(
     dropout: float = 1e-3,
     batch_norm_momentum: float = 0.99,
     lowering: Lowering | None = None,
+    classifier_activation: str | None = "softmax",
     name: str = "mobilenet_v1",
 ) -> keras.Model:
     """MobileNetV1 (Howard et al., arXiv 1704.04861).
@@ -84,17 +86,21 @@ def mobilenet_v1(
             keras.applications.
         lowering: `None`: stock `keras.layers.DepthwiseConv2D`. Else
             `DiagonalwiseDepthwiseConv2D` with this lowering.
+        classifier_activation: `"softmax"`, for probabilities, or `None`, for
+            logits, as of keras.applications. The recipes train on logits; see
+            `with_probabilities`.
         name: Of the model.
 
     Returns:
         An uncompiled functional model, (batch, *input_shape) → (batch, classes)
-        probabilities.
+        probabilities or logits: in float32 where the dtype policy computes in
+        half precision.
 
     Raises:
         ValueError: If an argument is out of range or the lowering is unknown
             or cannot compute a layer.
     """
-    _check(input_shape, classes, width_multiplier, stem, dropout)
+    _check(input_shape, classes, width_multiplier, stem, dropout, classifier_activation)
     build = _Builder(lowering, batch_norm_momentum)
     filters = _v1_filters(32, width_multiplier)
 
@@ -123,9 +129,10 @@ def mobilenet_v1(
 
     x = layers.GlobalAveragePooling2D(keepdims=True, name="global_average_pooling2d")(x)
     x = layers.Dropout(dropout, name="dropout")(x)
-    x = layers.Conv2D(classes, 1, padding="same", name="conv_preds")(x)
-    x = layers.Reshape((classes,), name="reshape_2")(x)
-    outputs = layers.Activation("softmax", name="predictions")(x)
+    dtype = _at_least_float32(keras.config.dtype_policy().compute_dtype)
+    x = layers.Conv2D(classes, 1, padding="same", name="conv_preds", dtype=dtype)(x)
+    x = layers.Reshape((classes,), name="reshape_2", dtype=dtype)(x)
+    outputs = layers.Activation(classifier_activation, name="predictions", dtype=dtype)(x)
     return keras.Model(inputs, outputs, name=name)
 
 
@@ -138,6 +145,7 @@ def mobilenet_v2(
     dropout: float = 0.0,
     batch_norm_momentum: float = 0.999,
     lowering: Lowering | None = None,
+    classifier_activation: str | None = "softmax",
     name: str = "mobilenet_v2",
 ) -> keras.Model:
     """MobileNetV2 (Sandler et al., arXiv 1801.04381).
@@ -159,17 +167,21 @@ def mobilenet_v2(
             keras.applications; it needs some thousand steps to settle.
         lowering: `None`: stock `keras.layers.DepthwiseConv2D`. Else
             `DiagonalwiseDepthwiseConv2D` with this lowering.
+        classifier_activation: `"softmax"`, for probabilities, or `None`, for
+            logits, as of keras.applications. The recipes train on logits; see
+            `with_probabilities`.
         name: Of the model.
 
     Returns:
         An uncompiled functional model, (batch, *input_shape) → (batch, classes)
-        probabilities.
+        probabilities or logits: in float32 where the dtype policy computes in
+        half precision.
 
     Raises:
         ValueError: If an argument is out of range or the lowering is unknown
             or cannot compute a layer.
     """
-    _check(input_shape, classes, width_multiplier, stem, dropout)
+    _check(input_shape, classes, width_multiplier, stem, dropout, classifier_activation)
     build = _Builder(lowering, batch_norm_momentum)
 
     inputs = layers.Input(shape=tuple(input_shape))
@@ -197,8 +209,35 @@ def mobilenet_v2(
     x = layers.GlobalAveragePooling2D(name="global_average_pooling2d")(x)
     if dropout:
         x = layers.Dropout(dropout, name="dropout")(x)
-    outputs = layers.Dense(classes, activation="softmax", name="predictions")(x)
+    dtype = _at_least_float32(keras.config.dtype_policy().compute_dtype)
+    outputs = layers.Dense(
+        classes, activation=classifier_activation, name="predictions", dtype=dtype
+    )(x)
     return keras.Model(inputs, outputs, name=name)
+
+
+def with_probabilities(model: keras.Model) -> keras.Model:
+    """`model`, which gives logits, with a softmax after them.
+
+    The recipes train on logits, because cross-entropy of logits has a gradient
+    where that of rounded probabilities is 0; what they save gives
+    probabilities, as the models of keras.applications do.
+
+    Args:
+        model: Functional, (batch, …) → logits, (batch, classes).
+
+    Returns:
+        An uncompiled functional model of the same layers, which shares all
+        weights with `model`: (batch, …) → probabilities, (batch, classes), in
+        float32 where the logits are of half precision.
+    """
+    name = "probabilities"
+    while any(layer.name == name for layer in model.layers):
+        name += "_1"
+    logits = model.outputs[0]
+    softmax = layers.Softmax(name=name, dtype=_at_least_float32(logits.dtype))
+    # Not `inputs`, a list: exported, the model is called as it was built.
+    return keras.Model(model.input, softmax(logits), name=model.name)
 
 
 @dataclass(frozen=True)
@@ -295,6 +334,13 @@ def _padding_for_stride_2(x) -> tuple[tuple[int, int], tuple[int, int]]:
     return (height % 2, 1), (width % 2, 1)
 
 
+def _at_least_float32(dtype: str) -> str:
+    """Half precision has too few digits for logits: a softmax of them that is wrong by 20
+    has no gradient left.
+    """
+    return "float32" if dtype in ("float16", "bfloat16") else dtype
+
+
 def _channel_axis() -> int:
     return 1 if keras.config.image_data_format() == "channels_first" else -1
 
@@ -305,6 +351,7 @@ def _check(
     width_multiplier: float,
     stem: str,
     dropout: float,
+    classifier_activation: str | None,
     minimum_size: int = MINIMUM_SIZE,
 ) -> None:
     data_format = keras.config.image_data_format()
@@ -334,6 +381,11 @@ def _check(
         raise ValueError(f"Expected `stem` to be one of {STEMS}. Received: stem={stem!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"Expected `dropout` in [0, 1). Received: dropout={dropout!r}")
+    if classifier_activation not in ACTIVATIONS:
+        raise ValueError(
+            f"Expected `classifier_activation` to be one of {ACTIVATIONS}. "
+            f"Received: classifier_activation={classifier_activation!r}"
+        )
 
 
 def small_cnn(
@@ -343,6 +395,7 @@ def small_cnn(
     width_multiplier: float = 1.0,
     dropout: float = 0.0,
     batch_norm_momentum: float = 0.9,
+    classifier_activation: str | None = "softmax",
     name: str = "small_cnn",
 ) -> keras.Model:
     """Four 3x3 convolutions, of 32, 32, 64 and 64 filters: a network for small trials.
@@ -356,16 +409,25 @@ def small_cnn(
         width_multiplier: Factor of the numbers of filters, which are rounded down.
         dropout: Rate before the classifier, in [0, 1); 0 makes no layer.
         batch_norm_momentum: Of the moving averages.
+        classifier_activation: As of `mobilenet_v1`.
         name: Of the model.
 
     Returns:
         An uncompiled functional model, (batch, *input_shape) → (batch, classes)
-        probabilities.
+        probabilities or logits, as `mobilenet_v1`.
 
     Raises:
         ValueError: If an argument is out of range.
     """
-    _check(input_shape, classes, width_multiplier, "cifar", dropout, minimum_size=4)
+    _check(
+        input_shape,
+        classes,
+        width_multiplier,
+        "cifar",
+        dropout,
+        classifier_activation,
+        minimum_size=4,
+    )
     build = _Builder(None, batch_norm_momentum)
     inputs = x = layers.Input(shape=tuple(input_shape))
     for number, filters in enumerate((32, 32, 64, 64), start=1):
@@ -378,5 +440,8 @@ def small_cnn(
     x = layers.GlobalAveragePooling2D(name="global_average_pooling2d")(x)
     if dropout:
         x = layers.Dropout(dropout, name="dropout")(x)
-    outputs = layers.Dense(classes, activation="softmax", name="predictions")(x)
+    dtype = _at_least_float32(keras.config.dtype_policy().compute_dtype)
+    outputs = layers.Dense(
+        classes, activation=classifier_activation, name="predictions", dtype=dtype
+    )(x)
     return keras.Model(inputs, outputs, name=name)

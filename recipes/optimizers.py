@@ -11,6 +11,9 @@ from keras import ops
 from diagconv_tf import keras_internals
 from recipes.config import Config
 
+#: Name of the metric that counts where the right class is among the five most probable.
+TOP5_ACCURACY = "top5_accuracy"
+
 
 def compile_model(
     model: keras.Model,
@@ -18,7 +21,7 @@ def compile_model(
     steps_per_epoch: int,
     wrap: Callable[[keras.Optimizer, keras.Model], keras.Optimizer] | None = None,
 ) -> None:
-    """Compiles `model`, which gives probabilities, as `config` says.
+    """Compiles `model`, which gives logits, as `config` says.
 
     With `label_smoothing` the labels must be one-hot, else class numbers. `wrap` makes
     another optimizer of the optimizer and the model.
@@ -28,16 +31,22 @@ def compile_model(
     if wrap is not None:
         optimizer = wrap(optimizer, model)
     if config.label_smoothing:
-        loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)
+        loss = keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=config.label_smoothing
+        )
+        top_k = keras.metrics.TopKCategoricalAccuracy
     else:
-        loss = "sparse_categorical_crossentropy"
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        top_k = keras.metrics.SparseTopKCategoricalAccuracy
+    # Of five classes or fewer, the right one is always among the first five.
+    top5 = [top_k(5, name=TOP5_ACCURACY)] if model.output_shape[-1] > 5 else []
     model.compile(
         optimizer,
         loss=loss,
         # Keras finds out which accuracy fits the loss; the name is the same. Weights
         # come where several devices share a batch: see `data.evaluation_dataset`.
-        weighted_metrics=["accuracy"],
-        jit_compile={"auto": "auto", "on": True, "off": False}[config.jit_compile],
+        weighted_metrics=["accuracy", *top5],
+        jit_compile={"auto": "auto", "true": True, "false": False}[config.jit_compile],
     )
 
 
@@ -47,7 +56,7 @@ def make_optimizer(
     """SGD with Nesterov momentum, RMSprop or Adam, with weight decay on kernels only.
 
     A step is a batch; the weights are updated every `gradient_accumulation` of
-    them, and the learning rate counts updates.
+    them.
 
     Args:
         config: The settings.
@@ -101,25 +110,25 @@ def average_momentum(config: Config) -> float:
 def learning_rate(
     config: Config, steps_per_epoch: int
 ) -> keras.optimizers.schedules.LearningRateSchedule | float:
-    """The learning rate at each update: a linear warm-up, then `config.schedule`."""
-    updates_per_epoch = steps_per_epoch / config.gradient_accumulation
-    updates = max(1, int(config.epochs * updates_per_epoch))
-    warmup = int(config.warmup_fraction * updates)
+    """The learning rate at each step: a linear warm-up, then `config.schedule`.
+
+    With gradient accumulation, too, Keras asks for the rate of a step, not of an update.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = int(config.warmup_fraction * total)
     schedules = keras.optimizers.schedules
     if config.schedule == "cosine":
-        after: Any = schedules.CosineDecay(config.learning_rate, max(1, updates - warmup))
-    elif config.schedule == "step" and config.milestones:
-        ends = [round(float(epoch) * updates_per_epoch) for epoch in config.milestones]
-        rates = [config.learning_rate * config.decay_rate**n for n in range(len(ends) + 1)]
-        # Keras's own changes after the update of an end, not with it; and the warm-up is past.
-        after = schedules.PiecewiseConstantDecay([end - warmup - 1 for end in ends], rates)
+        after: Any = schedules.CosineDecay(config.learning_rate, max(1, total - warmup))
     elif config.schedule == "step":
-        after = schedules.ExponentialDecay(
-            config.learning_rate,
-            decay_steps=max(1, round(config.decay_epochs * updates_per_epoch)),
-            decay_rate=config.decay_rate,
-            staircase=True,
-        )
+        steps = [max(1, round(epochs * steps_per_epoch)) for epochs in config.decay_epochs]
+        if len(steps) == 1:
+            after = schedules.ExponentialDecay(
+                config.learning_rate, steps[0], config.decay_rate, staircase=True
+            )
+        else:
+            rates = [config.learning_rate * config.decay_rate**n for n in range(len(steps) + 1)]
+            # The last update with a rate, where the others count the first with the next.
+            after = schedules.PiecewiseConstantDecay([step - 1 for step in steps], rates)
     else:
         after = config.learning_rate
     return WarmUp(config.learning_rate, warmup, after) if warmup else after

@@ -14,12 +14,12 @@ STEPS = 20
 
 
 class Profile(keras.callbacks.Callback):
-    """Traces `STEPS` steps with the profiler of the backend.
+    """Traces `STEPS` steps, or some more, with the profiler of the backend.
 
     TensorFlow and JAX write what TensorBoard's profile plugin and Perfetto
     read; Keras opens a name scope for each layer, so that operations carry the
     layers' names. PyTorch writes a trace for Perfetto or chrome://tracing.
-    Each traced step waits for the device, as with every callback of batches.
+    It begins and ends with a group of steps: see `recipes.fitting.fit_from`.
 
     Args:
         folder: for the trace; it is made.
@@ -28,25 +28,28 @@ class Profile(keras.callbacks.Callback):
     def __init__(self, folder: pathlib.Path) -> None:
         super().__init__()
         self.folder = folder
-        self._steps = 0
+        self._steps = self._group_begin = 0
+        self._end_at: int | None = None
         self._torch: Any = None
         self._running = False
 
     def on_train_batch_begin(self, batch, logs=None):
-        if self._steps == BEFORE:
+        self._group_begin = batch
+        if self._end_at is None and self._steps >= BEFORE:
+            self._end_at = self._steps + STEPS
             self.folder.mkdir(parents=True, exist_ok=True)
             self._start()
             self._running = True
 
     def on_train_batch_end(self, batch, logs=None):
-        self._steps += 1
-        if self._running and self._steps == BEFORE + STEPS:
+        self._steps += batch - self._group_begin + 1
+        if self._running and self._end_at is not None and self._steps >= self._end_at:
             self._end()
 
     def on_train_end(self, logs=None):
         if self._running:
             self._end()
-        if self._steps <= BEFORE:
+        if self._end_at is None:
             logging.warning(
                 "No profile: expected more than %d steps, received %d.", BEFORE, self._steps
             )

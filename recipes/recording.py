@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import keras
 from absl import logging
 
 from diagconv_tf import StepTimer
+from recipes.optimizers import TOP5_ACCURACY
 from recipes.run_folder import Progress
+
+#: Points of a loss curve, and step times, that are kept for report and picture.
+MOST_POINTS = 10_000
 
 
 class MetricsLog(keras.callbacks.Callback):
-    """Writes a JSON line for each step and epoch, and keeps the losses.
+    """Writes a JSON line for each group of steps and each epoch, and keeps the losses.
+
+    The loss of a group, of which `fit_from` tells, is the mean over its steps.
 
     Args:
         variant: Named in every line.
@@ -23,6 +29,10 @@ class MetricsLog(keras.callbacks.Callback):
             disk, the training goes on.
         progress: What came before, where the training goes on.
         state: What `state` returned then.
+
+    Attributes:
+        losses: Step → mean loss of this step and those since the one before.
+        test_accuracies: After each epoch.
     """
 
     def __init__(
@@ -31,13 +41,14 @@ class MetricsLog(keras.callbacks.Callback):
         super().__init__()
         self.variant = variant
         self.file = file
-        self.losses = list(progress.losses)
+        self.losses = dict(progress.losses)
         self.test_accuracies = list(progress.test_accuracies)
+        self.test_top5_accuracy = progress.test_top5_accuracy
         self._resumed = state
         self._sum = self._count = 0.0
 
     def state(self) -> dict[str, float]:
-        """Of the epoch so far: where a training goes on within an epoch, so do its means."""
+        """Of the epoch, up to the last line: where a training goes on, so does the next group."""
         return {"sum": self._sum, "count": self._count}
 
     def write(self, event: str, **values: Any) -> None:
@@ -59,46 +70,54 @@ class MetricsLog(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         # Keras reports the mean over the epoch so far, of equal batches here. Its
         # float32 leaves each loss an error of 1e-7 times the epoch's sum.
-        self._count += 1
-        total = float(logs["loss"]) * self._count
-        self.losses.append(total - self._sum)
-        self._sum = total
-        self.write("step", epoch=self._epoch, step=len(self.losses), loss=self.losses[-1])
+        count = batch + 1
+        total = float(logs["loss"]) * count
+        loss = (total - self._sum) / (count - self._count)
+        self._sum, self._count = total, count
+        step = self._step(count)
+        self.losses[step] = loss
+        self.write("step", epoch=self._epoch, step=step, loss=loss)
 
     def on_epoch_end(self, epoch, logs=None):
         values = {name: float(value) for name, value in logs.items()}
         self.test_accuracies.append(values["val_accuracy"])
+        self.test_top5_accuracy = values.get(f"val_{TOP5_ACCURACY}")
         rate = current_learning_rate(self.model)
-        self.write("epoch", epoch=epoch, step=len(self.losses), learning_rate=rate, **values)
+        step = self._step(self._count)
+        self.write("epoch", epoch=epoch, step=step, learning_rate=rate, **values)
         # A checkpoint of the end of an epoch is that of the beginning of the next.
         self._sum = self._count = 0.0
+
+    def _step(self, count: float) -> int:
+        return self._epoch * self.params["steps"] + int(count)
+
+
+def thinned_losses(losses: Mapping[int, float], keep: int) -> dict[int, float]:
+    """Loss curves of no more than `MOST_POINTS`, so that report and picture stay small.
+
+    Args:
+        losses: Step → mean loss of the steps since the one before.
+        keep: So many of the first points stay as they are.
+
+    Returns:
+        The same, or neighbours joined to their mean.
+    """
+    points = list(losses.items())
+    first, rest = points[:keep], points[keep:]
+    size = -(-len(rest) // MOST_POINTS)
+    groups = (rest[start : start + size] for start in range(0, len(rest), size or 1))
+    joined = {group[-1][0]: sum(loss for _, loss in group) / len(group) for group in groups}
+    return dict(first) | joined
+
+
+def thinned(values: Sequence[float]) -> tuple[float, ...]:
+    """No more than `MOST_POINTS` of them, evenly spaced."""
+    return tuple(values[:: -(-len(values) // MOST_POINTS) or 1])
 
 
 def current_learning_rate(model: keras.Model) -> float:
     """That of the next update."""
     return float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
-
-
-class StopAfter(keras.callbacks.Callback):
-    """Ends a training after so many steps.
-
-    Args:
-        steps: With 0, and `fit_from`, an epoch that has begun is only ended.
-    """
-
-    def __init__(self, steps: int):
-        super().__init__()
-        self.steps = steps
-
-    def on_train_begin(self, logs=None):
-        self._left = self.steps
-        if not self._left:
-            self.model.stop_training = True
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._left -= 1
-        if not self._left:
-            self.model.stop_training = True
 
 
 class TensorBoardLog(keras.callbacks.Callback):

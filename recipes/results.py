@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
 
 from diagconv_tf.step_timer import StepSummary
-from recipes.input_wait import wait_share
 from recipes.treatments import FLOAT
 
 
@@ -20,15 +20,16 @@ class VariantResult:
 
     Args:
         name: Its lowering, `"stock"`, `"tune"` or a plan, and its treatment.
-        losses: Training loss of every step (mean over the batch); NaN where it
-            was lost.
-        test_accuracies: After each epoch, in [0, 1]; likewise.
+        losses: Training losses: of a step (mean over the batch), or means of
+            the steps since the one before.
+        test_accuracies: After each epoch, in [0, 1]; NaN where it was lost.
         steps: Times of the steps since the training was last resumed; see
             `StepTimer`.
-        step_seconds: Every time that counts, for the picture.
-        without_input_seconds: Median of a step on a batch that is there
-            already; None where it was not timed.
-        choice: What a plan chose, in a sentence; empty without one.
+        step_seconds: Times that count, in the training.
+        choice: What `auto`, `tune` or a plan chose, in a sentence; else empty.
+        test_top5_accuracy: After the last epoch: how often the right class is
+            among the five most probable; None for five classes or fewer.
+        loss_steps: The steps of `losses`, from 1; by default each step has one.
         bits: Of weights, activations and gradients; 32 is float, None a grid
             without end.
     """
@@ -38,24 +39,26 @@ class VariantResult:
     test_accuracies: tuple[float, ...]
     steps: StepSummary
     step_seconds: tuple[float, ...] = dataclasses.field(repr=False)
-    without_input_seconds: float | None = None
     choice: str = ""
+    test_top5_accuracy: float | None = None
+    loss_steps: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     bits: tuple[int | None, ...] = FLOAT
+
+    def __post_init__(self) -> None:
+        steps = self.loss_steps or tuple(range(1, len(self.losses) + 1))
+        object.__setattr__(self, "loss_steps", steps)
 
     @property
     def test_accuracy(self) -> float:
         """After the last epoch, in [0, 1]; no epoch is picked."""
         return self.test_accuracies[-1]
 
-    @property
-    def input_wait(self) -> float | None:
-        """The share of a step that waits for its input, in [0, 1]."""
-        return wait_share(self.steps.step_median_seconds, self.without_input_seconds)
-
     def loss_differences(self, other: VariantResult) -> np.ndarray:
-        """Absolute difference of the two losses at each step that both have."""
-        steps = min(len(self.losses), len(other.losses))
-        return np.abs(np.subtract(self.losses[:steps], other.losses[:steps]))
+        """Absolute difference of the two losses at each step that both have one of."""
+        _, mine, others = np.intersect1d(
+            self.loss_steps, other.loss_steps, assume_unique=True, return_indices=True
+        )
+        return np.abs(np.array(self.losses)[mine] - np.array(other.losses)[others])
 
     def to_json(self) -> str:
         """The text of a file in `results/`."""
@@ -65,5 +68,24 @@ class VariantResult:
     def from_json(cls, text: str) -> VariantResult:
         """The result of which `text` is the `to_json`."""
         fields: Mapping[str, Any] = json.loads(text)
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        # Files of earlier versions have more.
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in known
+        }
         return cls(**{**values, "steps": StepSummary(**fields["steps"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A variant at the end of its training.
+
+    Attributes:
+        model: compiled, with the averages of its statistics where there are any.
+        result: what was measured.
+        is_new: whether it was trained by this process, and not before.
+    """
+
+    model: keras.Model
+    result: VariantResult
+    is_new: bool = True

@@ -8,11 +8,13 @@ import json
 import math
 import pathlib
 import shutil
+from collections.abc import Mapping
 
 from absl import logging
 
 from diagconv_tf import files
 from recipes.config import BUILT_IN, Config
+from recipes.optimizers import TOP5_ACCURACY
 
 #: Settings that do not decide what is computed, but for rounding: they may differ
 #: from the interrupted run's, so that it can go on where there are fewer devices.
@@ -24,6 +26,7 @@ _MAY_DIFFER = (
     "output_dir",
     "profile",
     "checkpoint_epochs",
+    "log_every",
     "max_steps",
     "distribution",
     "cpu_devices",
@@ -117,12 +120,14 @@ class Progress:
     """What `metrics.jsonl` tells of a variant.
 
     Attributes:
-        losses: of each step; NaN where the file has none.
-        test_accuracies: after each epoch; likewise.
+        losses: step → mean loss of this step and those since the one before.
+        test_accuracies: after each epoch; NaN where the file has none.
+        test_top5_accuracy: after the last of them; None where it is not known.
     """
 
-    losses: tuple[float, ...] = ()
+    losses: Mapping[int, float] = dataclasses.field(default_factory=dict)
     test_accuracies: tuple[float, ...] = ()
+    test_top5_accuracy: float | None = None
 
 
 def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) -> Progress:
@@ -144,6 +149,7 @@ def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) ->
     kept: list[str] = []
     losses: dict[int, float] = {}
     accuracies: dict[int, float] = {}
+    top5: dict[int, float | None] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             event = json.loads(line)
@@ -158,20 +164,22 @@ def progress_until(path: pathlib.Path, variant: str, steps: int, epochs: int) ->
                 continue
             else:
                 accuracies[event["epoch"]] = event["val_accuracy"]
+                top5[event["epoch"]] = event.get(f"val_{TOP5_ACCURACY}")
         kept.append(line)
-    if len(losses) < steps or len(accuracies) < epochs:
+    if len(accuracies) < epochs:
         logging.warning(
-            "%s has %d of the %d losses and %d of the %d test accuracies before the checkpoint of "
-            "%s; the report goes without the others",
-            *(path, len(losses), steps, len(accuracies), epochs, variant),
+            "%s has %d of the %d test accuracies before the checkpoint of %s, and perhaps not all "
+            "losses; the report goes without the others",
+            *(path, len(accuracies), epochs, variant),
         )
     if kept:
         files.write_text(path, "\n".join(kept))
     else:
         path.unlink(missing_ok=True)
     return Progress(
-        tuple(losses.get(step, math.nan) for step in range(1, steps + 1)),
+        losses,
         tuple(accuracies.get(epoch, math.nan) for epoch in range(epochs)),
+        top5.get(epochs - 1),
     )
 
 

@@ -14,15 +14,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
+
+if __name__ == "__main__":  # Before any other module imports a framework.
+    from recipes.config import import_quietly
+
+    import_quietly()
 
 import keras
 from absl import app, flags, logging
 
 from diagconv_tf import StepTimer, export, files, inspect_model
+from diagconv_tf.text import summarize_error
 from recipes import config as config_module
 from recipes import data, dorefa_models, models, processes
 from recipes.averaging import (
@@ -31,30 +39,33 @@ from recipes.averaging import (
     finalize_averages,
     stop_averaging,
 )
-from recipes.checkpoints import Checkpoints, weights_digest
+from recipes.checkpoints import Checkpoint, Checkpoints, weights_digest
+from recipes.choices import chose_stock, explain_choice
+from recipes.comparing import compare_steps
 from recipes.config import (
     BUILT_IN,
     Config,
     config_from_flags,
+    config_names,
     define_flags,
     exit_with_line,
     load_config,
     parse_flags,
 )
 from recipes.distributing import Distribution, divide_cpu, synchronize_batch_norms
-from recipes.finetuning import load_start
+from recipes.finetuning import Start, image_input, load_start
 from recipes.fitting import fit_from
-from recipes.input_wait import seconds_without_input
 from recipes.interruption import (
     EXIT_INTERRUPTED,
     NonFiniteLossError,
     TrainingInterrupted,
 )
 from recipes.optimizers import average_momentum, compile_model
+from recipes.phases import phases_of, set_steps_done
 from recipes.profiling import Profile
-from recipes.recording import MetricsLog, StopAfter, TensorBoardLog
-from recipes.report import RunReport, environment
-from recipes.results import VariantResult
+from recipes.recording import MetricsLog, TensorBoardLog, thinned, thinned_losses
+from recipes.report import EARLY_STEPS, RunReport, environment
+from recipes.results import Trained, VariantResult
 from recipes.run_folder import (
     Progress,
     open_run_folder,
@@ -62,15 +73,23 @@ from recipes.run_folder import (
     resume_flags,
     shared_settings,
 )
-from recipes.variants import Variant
+from recipes.variants import STOCK, Variant
 
 CONFIG = flags.DEFINE_string(
-    "config", "digits_mobilenet_v1", "a file in recipes/configs, or the path of one"
+    "config",
+    "digits_mobilenet_v1",
+    f"one of {', '.join(config_names())}, or the path of a file like these in recipes/configs; "
+    "what it sets comes before the other defaults",
 )
 define_flags()
 processes.define_flags()
 for module in (config_module, processes):  # So that --help shows them.
     flags.adopt_module_key_flags(module)
+
+
+#: Pixels of height and width where nothing says them: of the networks of the recipes, and of
+#: models from files that take any (that of most models in keras.applications).
+BUILT_IN_SIZE, OPEN_SIZE = 32, 224
 
 
 class RecipeError(ValueError):
@@ -89,7 +108,8 @@ def run_recipe(
         config: The experiment.
         others: The processes that train together, of which the first one
             writes the files; None means this one alone.
-        verbose: Of `model.fit`: 1 shows progress bars, 0 nothing.
+        verbose: Of `model.fit`: 1 shows progress bars, 2 a line for each epoch,
+            0 nothing.
 
     Returns:
         What was measured, and the folder of the results.
@@ -103,6 +123,7 @@ def run_recipe(
     # Whatever can be wrong is found here, in seconds.
     try:
         distribution = Distribution.start(config, others)
+        config, warnings = with_settings_of_model(config)
         distribution.processes.agree("settings", shared_settings(config))
         variants = parse_variants(config)
         images = data.load(
@@ -117,7 +138,9 @@ def run_recipe(
         data.steps_per_epoch(images, config.batch_size)
         distribution.processes.agree("images", images.digest())
         with distribution.scope():
-            model = build_model(config, images, distribution)
+            start = make_start(config, images, distribution)
+            model = start.model
+            phases_of(config)[0].prepare(model)
         if config.model not in BUILT_IN:
             distribution.processes.agree(f"weights in {config.model}", weights_digest(model))
         folder = str(open_run_folder(config)) if distribution.is_first else ""
@@ -128,40 +151,98 @@ def run_recipe(
     logging.info("The results will be in %s; to go on with them: %s", folder, flags_to_resume)
     config = dataclasses.replace(config, name=folder.name)
     logging.info("%s", inspect_model(model, config.batch_size))
-    results = []
+    trained: list[Trained] = []
     with distribution.scope():
         for variant in variants:
             try:
-                model, result = train_variant(
-                    config, images, variant, folder, distribution, verbose=verbose
+                trained.append(
+                    train_variant(
+                        config,
+                        images,
+                        variant,
+                        folder,
+                        distribution,
+                        stock=next((t for t in trained if t.result.name == STOCK), None),
+                        verbose=verbose,
+                    )
                 )
             except TrainingInterrupted as interruption:
                 interruption.flags = flags_to_resume
                 raise
-            results.append(result)
-        jit_compile = bool(model.jit_compile)
+        model = trained[-1].model
+        compiled = bool(model.jit_compile)
+        steps = compare_steps(
+            trained,
+            functools.partial(default_model, config, images, distribution),
+            functools.partial(training_data, config, images, distribution, 0),
+            folder / "step_times.json",
+            distribution.processes,
+        )
+        # Not before the steps have been timed: they would be compiled again.
+        for each in trained:
+            stop_averaging(each.model)
         # The last variant, in stock layers again wherever that computes the same.
-        restored = variant.finish(model)
+        restored = variants[-1].finish(model)
         test = evaluation_data(config, images, distribution)
         accuracy = restored.evaluate(test, return_dict=True, verbose=0)["accuracy"]
-    exported = ""
-    if distribution.is_first:
-        files.write_aside(folder / "model.keras", without_training_state(restored).save)
-        if variant.keeps_float_weights:
-            files.write_aside(folder / "low_bit.keras", without_training_state(model).save)
-        exported = export_model(restored, folder)
+        # As users expect it of a classifier.
+        restored = models.with_probabilities(restored)
     report = RunReport(
         config,
         folder,
-        {**environment(), "devices": distribution.describe(jit_compile)},
-        tuple(results),
+        {**environment(compiled), "devices": distribution.describe(compiled)},
+        tuple(each.result for each in trained),
         accuracy,
-        exported,
-        images.skipped_files,
+        skipped_files=images.skipped_files,
+        steps=steps,
+        head=start.head,
+        warnings=warnings,
     )
     if distribution.is_first:
+        files.write_aside(folder / "model.keras", without_training_state(restored).save)
+        if variants[-1].keeps_float_weights:
+            low_bit = without_training_state(models.with_probabilities(model))
+            files.write_aside(folder / "low_bit.keras", low_bit.save)
+        files.write_text(
+            folder / "class_names.json", json.dumps(images.class_names, ensure_ascii=False)
+        )
+        # An export that fails must cost nothing that was measured before.
+        report.write()
+        try:
+            report = dataclasses.replace(report, exported=export_model(restored, folder))
+        except Exception as error:  # Whatever Keras and the format's packages raise.
+            failure = f"not exported: {summarize_error(error, lines=2)}"
+            logging.warning("%s", failure)
+            report = dataclasses.replace(report, warnings=(*report.warnings, failure))
         report.write()
     return report
+
+
+def with_settings_of_model(config: Config) -> tuple[Config, tuple[str, ...]]:
+    """`config` with the image size and the range of pixels that its model takes.
+
+    Returns:
+        The settings, and warnings for the report.
+
+    Raises:
+        ValueError: If the model's file cannot be read.
+    """
+    size, input_range = BUILT_IN_SIZE, None
+    if config.model not in BUILT_IN:
+        found = image_input(config.model)
+        size, input_range = found.size or OPEN_SIZE, found.input_range
+    warnings: tuple[str, ...] = ()
+    if config.input_range != "auto" and input_range not in (None, config.input_range):
+        warnings = (
+            f"{config.model} preprocesses pixels itself, and wants input_range='{input_range}'. "
+            f"It gets '{config.input_range}': pixels are preprocessed twice, and all images may "
+            "look the same to it",
+        )
+        logging.warning("%s.", warnings[0])
+    settings: dict[str, Any] = {"image_size": config.image_size or size}
+    if config.input_range == "auto":
+        settings["input_range"] = input_range or "symmetric"
+    return dataclasses.replace(config, **settings), warnings
 
 
 def parse_variants(config: Config) -> list[Variant]:
@@ -186,12 +267,13 @@ def train_variant(
     folder: pathlib.Path,
     distribution: Distribution,
     *,
+    stock: Trained | None = None,
     verbose: int = 1,
-) -> tuple[keras.Model, VariantResult]:
+) -> Trained:
     """Trains one variant to its end, from its last checkpoint if there is one.
 
-    Returns:
-        The trained model, and what was measured.
+    Another one that chose Keras's own layers is not trained again where `stock`
+    was trained before.
 
     Raises:
         RecipeError: If a checkpoint cannot be read or is of another model, or
@@ -205,23 +287,41 @@ def train_variant(
         steps = min(steps, config.max_steps)
     result_file = folder / "results" / f"{variant.file_name}.json"
     metrics_file = folder / "metrics.jsonl" if is_first else pathlib.Path(os.devnull)
-    checkpoints = Checkpoints(folder / "checkpoints" / variant.file_name)
+    phases = phases_of(config)
+    saved = [
+        Checkpoints(folder / "checkpoints" / f"{variant.file_name}{phase.suffix}")
+        for phase in phases
+    ]
+    present = max((n for n, each in enumerate(saved) if each.paths()), default=0)
 
     # The same start for all.
     model = build_model(config, images, distribution)
     if config.ema_momentum:
         average_statistics(model, average_momentum(config))
+    # Most of the training is the last phase: lowerings are chosen for that.
+    phases[-1].prepare(model)
     compile_model(model, config, steps_per_epoch, variant.wrap)
     plan = variant.apply(model, config)
     if plan is not None and is_first:
         (folder / "plans").mkdir(exist_ok=True)
         plan.save(folder / "plans" / f"{variant.file_name}.json", overwrite=True)
+    choice = explain_choice(variant, model, plan)
+    others.agree("lowering or plan", plan.to_json() if plan else str(variant.lowering))
+    if stock is not None and chose_stock(variant, model):
+        choice = f"{choice} (the program of stock, which is not trained twice)"
+        return Trained(
+            stock.model,
+            dataclasses.replace(stock.result, name=variant.name, choice=choice),
+            stock.is_new,
+        )
+    if phases[present] != phases[-1]:
+        phases[present].prepare(model)
+        compile_model(model, config, steps_per_epoch, variant.wrap)
     # The same dropout for all: on PyTorch it has no generator of its own.
     keras.utils.set_random_seed(config.seed)
     try:
-        start = checkpoints.restore(model)
+        start = saved[present].restore(model)
         steps_done = start.step if start else 0
-        others.agree("lowering or plan", plan.to_json() if plan else str(variant.lowering))
         others.agree(f"checkpoint in {folder}", str(steps_done))
     except (ValueError, OSError) as error:
         raise RecipeError(str(error)) from error
@@ -233,8 +333,7 @@ def train_variant(
     if is_done:
         # As at the end of `fit_from`.
         finalize_averages(model)
-        stop_averaging(model)
-        return model, VariantResult.from_json(result_file.read_text())
+        return Trained(model, VariantResult.from_json(result_file.read_text()), is_new=False)
     progress = Progress()
     if is_first:
         progress = progress_until(
@@ -251,45 +350,65 @@ def train_variant(
         steps_done,
     )
     with metrics_file.open("a") as file, others.interruption() as interruption:
-        # The timer comes first, so that it does not time the others.
-        timer = StepTimer()
         log = MetricsLog(variant.name, file, progress, start.record if start else {})
-        callbacks = [timer, log]
-        if config.max_steps is not None:
-            callbacks.append(StopAfter(steps - steps_done))
-        callbacks += optional_callbacks(config, variant, folder, timer, is_first)
-        fit_from(
-            model,
-            start,
-            functools.partial(training_data, config, images, distribution),
-            steps_per_epoch=steps_per_epoch,
-            epochs=epochs,
-            validation_data=evaluation_data(config, images, distribution),
-            callbacks=callbacks,
-            checkpoints=checkpoints if is_first else None,
-            save_every=config.checkpoint_epochs,
-            record=log.state,
-            interruption=interruption,
-            verbose=verbose,
-        )
+        for phase, checkpoints in zip(phases[present:], saved[present:], strict=True):
+            first_step = phase.first_epoch * steps_per_epoch
+            if phase is not phases[present]:
+                if steps <= first_step:
+                    break
+                phase.prepare(model)
+                compile_model(model, config, steps_per_epoch, variant.wrap)
+                set_steps_done(model.optimizer, first_step)
+                start = Checkpoint(first_step, phase.first_epoch, log.state())
+            # The timer comes first, so that it does not time the others.
+            timer = StepTimer()
+            callbacks = [timer, log, *optional_callbacks(config, variant, folder, timer, is_first)]
+            fit_from(
+                model,
+                start,
+                functools.partial(training_data, config, images, distribution),
+                steps_per_epoch=steps_per_epoch,
+                epochs=min(epochs, phase.end_epoch),
+                validation_data=evaluation_data(config, images, distribution),
+                callbacks=callbacks,
+                checkpoints=checkpoints if is_first else None,
+                save_every=config.checkpoint_epochs,
+                record=log.state,
+                interruption=interruption,
+                log_every=config.log_every,
+                log_first=EARLY_STEPS,
+                max_steps=None if config.max_steps is None else steps,
+                verbose=verbose,
+            )
+    losses = thinned_losses(log.losses, keep=EARLY_STEPS)
     result = VariantResult(
         name=variant.name,
-        losses=tuple(log.losses),
+        losses=tuple(losses.values()),
+        loss_steps=tuple(losses),
         test_accuracies=tuple(log.test_accuracies),
         steps=timer.summary(),
-        step_seconds=timer.timings.samples,
-        without_input_seconds=seconds_without_input(
-            model, next(iter(training_data(config, images, distribution, 0)))
-        ),
-        choice=plan.reason if plan is not None else "",
+        step_seconds=thinned(timer.timings.samples),
+        choice=choice,
+        test_top5_accuracy=log.test_top5_accuracy,
         bits=variant.bits,
     )
-    # Not before the step without input has been timed: it would be compiled again.
-    stop_averaging(model)
     if is_first:
         result_file.parent.mkdir(exist_ok=True)
         files.write_text(result_file, result.to_json())
-    return model, result
+    return Trained(model, result)
+
+
+def default_model(
+    config: Config, images: data.ImageData, distribution: Distribution
+) -> keras.Model:
+    """Keras's own layers, compiled as Keras does by itself; not trained."""
+    model = build_model(config, images, distribution)
+    if config.ema_momentum:
+        average_statistics(model, average_momentum(config))
+    phases_of(config)[-1].prepare(model)
+    steps_per_epoch = data.steps_per_epoch(images, config.batch_size)
+    compile_model(model, dataclasses.replace(config, jit_compile="auto"), steps_per_epoch)
+    return model
 
 
 def optional_callbacks(
@@ -337,7 +456,14 @@ def evaluation_data(config: Config, images: data.ImageData, distribution: Distri
 
 
 def build_model(config: Config, images: data.ImageData, distribution: Distribution) -> keras.Model:
+    """The model of `make_start`."""
+    return make_start(config, images, distribution).model
+
+
+def make_start(config: Config, images: data.ImageData, distribution: Distribution) -> Start:
     """The network in Keras's own layers, with the weights that all variants start from.
+
+    It gives logits: see `models.with_probabilities`.
 
     Raises:
         ValueError: If a file has no model that fits the images.
@@ -345,11 +471,11 @@ def build_model(config: Config, images: data.ImageData, distribution: Distributi
     # The same initial weights, and seeds of dropout, in every variant.
     keras.utils.set_random_seed(config.seed)
     if config.model not in BUILT_IN:
-        model = load_start(config.model, images.image_shape, images.classes)
+        start = load_start(config.model, images.image_shape, images.classes)
     else:
-        model = _built_in(config, images)
-    distribution.prepare(model, config)
-    return model
+        start = Start(_built_in(config, images))
+    distribution.prepare(start.model, config)
+    return start
 
 
 def _built_in(config: Config, images: data.ImageData) -> keras.Model:
@@ -371,6 +497,7 @@ def _built_in(config: Config, images: data.ImageData) -> keras.Model:
             **stem,
             dropout=config.dropout,
             batch_norm_momentum=config.batch_norm_momentum,
+            classifier_activation=None,
         )
     finally:
         keras.config.set_dtype_policy(former_policy)
@@ -425,7 +552,8 @@ def main(argv: list[str]) -> None:
         exit_with_line(str(error), code=1)
     with others.ending_together():
         try:
-            report = run_recipe(config, others, verbose=1)
+            # Progress bars are for terminals; in a file each update would be a line.
+            report = run_recipe(config, others, verbose=1 if sys.stdout.isatty() else 2)
         except (RecipeError, NonFiniteLossError) as error:
             others.end_with_line(str(error), code=1)
         except TrainingInterrupted as interruption:

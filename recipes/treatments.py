@@ -188,8 +188,7 @@ class RoundedTraining(Treatment):
             config,
             gradient_accumulation=config.gradient_accumulation * self.batches,
             epochs=config.epochs * self.batches,
-            decay_epochs=config.decay_epochs * self.batches,
-            milestones=tuple(f"{float(at) * self.batches:g}" for at in config.milestones),
+            decay_epochs=tuple(epochs * self.batches for epochs in config.decay_epochs),
         )
 
     def wrap(self, optimizer: keras.Optimizer, model: keras.Model) -> keras.Optimizer:

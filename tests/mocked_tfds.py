@@ -12,8 +12,6 @@ def mocked_set(name, data_dir, count=12):
     """
     import tensorflow_datasets as tfds
 
-    from recipes.data import imagewoof  # noqa: F401 - makes it known.
-
     builder = tfds.builder(name, data_dir=data_dir)
     template = tfds.core.ShardedFileTemplate(
         dataset_name=builder.name, data_dir=builder.data_path, filetype_suffix="tfrecord"

@@ -410,13 +410,33 @@ class ActsAsInTraining(layers.Layer):
 
 
 @needs_a_format
-def test_layers_that_act_as_in_training_are_named(tmp_path):
+def test_layers_that_act_as_in_training_are_exported_for_inference(tmp_path):
     x = keras.Input((4,))
     model = keras.Model(x, ActsAsInTraining(name="augmentation")(x))
-    with pytest.raises(
-        ExportError, match=r"differ from Keras.*training=False.*: augmentation"
-    ) as e:
-        export(model, tmp_path / f"model{SUFFIXES[ANY_FORMAT]}", ANY_FORMAT)
+    report = export(model, tmp_path / f"model{SUFFIXES[ANY_FORMAT]}", ANY_FORMAT)
+    assert report.max_difference == 0
+    assert not model._inbound_nodes
+
+
+class CallsInTraining(keras.Model):
+    """No graph: nobody can call its layers in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.augmentation = ActsAsInTraining(name="augmentation")
+
+    def call(self, x):
+        return self.augmentation(x)
+
+
+@needs_a_format
+def test_layers_that_act_as_in_training_are_named(tmp_path):
+    model = CallsInTraining()
+    sample = np.ones((2, 4), "float32")
+    model(sample)
+    path = tmp_path / f"model{SUFFIXES[ANY_FORMAT]}"
+    with pytest.raises(ExportError, match=r"differ from Keras.*training=False.*augmentation") as e:
+        export(model, path, ANY_FORMAT, sample=sample)
     assert "\n" not in str(e.value)
 
 

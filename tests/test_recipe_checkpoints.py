@@ -7,6 +7,7 @@ The module is also the script that some tests run in processes of their own:
 import argparse
 import contextlib
 import functools
+import io
 import logging
 import os
 import pathlib
@@ -32,6 +33,8 @@ from recipes.interruption import (
     NonFiniteLossError,
     TrainingInterrupted,
 )
+from recipes.recording import MetricsLog
+from recipes.run_folder import Progress
 from tests import forked
 
 BACKEND = keras.backend.backend()
@@ -158,13 +161,37 @@ def interrupt(interruption):
     interruption.signal_name = "SIGTERM"
 
 
-def train(model, folder=None, *, data=batches, at=0, action=None, when="step", **options):
+class SignalAt(Interruption):
+    """Notices a signal after a step, whatever callbacks are told."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def asked(self, step=None):
+        if self.step is not None and step == self.step:
+            interrupt(self)
+        return super().asked()
+
+
+def train(
+    model,
+    folder=None,
+    *,
+    data=batches,
+    at=0,
+    action=None,
+    when="step",
+    callbacks=(),
+    interruption=None,
+    **options,
+):
     """Goes on from `folder` to the end, or to a signal.
 
     At a step it calls `action(interruption)`, which by default gives the signal.
     Returns the log of the whole training and what has ended it.
     """
-    interruption = Interruption()
+    interruption = interruption or Interruption()
     store = Checkpoints(folder) if folder else None
     start = store.restore(model) if store else None
     log = Log(start)
@@ -180,6 +207,7 @@ def train(model, folder=None, *, data=batches, at=0, action=None, when="step", *
                 callbacks=[
                     At(at, action, start, when),
                     log,
+                    *callbacks,
                     *([SwapAverages()] if uses_averages(model.optimizer) else []),
                 ],
                 checkpoints=store,
@@ -277,6 +305,64 @@ def test_goes_on_at_the_end_of_an_epoch(when, epochs, unbroken, tmp_path):
     log, _ = train(model, tmp_path)
     assert log.record == unbroken[1]
     assert_same_state(state(model), unbroken[0])
+
+
+class Groups(keras.callbacks.Callback):
+    """The first and last batches of the groups of steps that it is told of."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.found.append((batch,))
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.found[-1] += (batch,)
+
+
+def test_nothing_waits_for_the_device_within_a_group_of_steps(monkeypatch):
+    waited = []
+    monkeypatch.setattr(LossCheck, "passes", lambda _, logs, step: waited.append(step) or True)
+    groups = Groups()
+    options = {"log_every": 4, "log_first": 2, "max_steps": 14}
+    train(make_model(), callbacks=[groups], **options)
+    expected = [(0, 0), (1, 1), (2, 3), (4, 4)], [(0, 2), (3, 4)], [(0, 1), (2, 3)]
+    assert groups.found == [pair for epoch in expected for pair in epoch]
+    # Those of epochs, which Keras has read anyway, come once more.
+    assert waited == [1, 2, 4, 5, 5, 8, 10, 10, 12, 14, 14]
+
+
+def test_losses_of_groups_go_on_within_a_group(tmp_path):
+    def losses(folder, signal_at=None, log_every=4, before=()):
+        store, model = Checkpoints(tmp_path / folder), make_model()
+        start = store.restore(model)
+        log = MetricsLog("a", io.StringIO(), Progress(dict(before)), start.record if start else {})
+        with contextlib.suppress(TrainingInterrupted):
+            fit_from(
+                model,
+                start,
+                batches,
+                steps_per_epoch=STEPS,
+                epochs=EPOCHS,
+                validation_data=VALIDATION,
+                callbacks=[log],
+                checkpoints=store,
+                record=log.state,
+                interruption=SignalAt(signal_at),
+                log_every=log_every,
+                verbose=0,
+            )
+        return log.losses
+
+    whole = losses("whole")
+    assert list(whole) == [4, 5, 8, 10, 12, 15]
+    before = losses("broken", signal_at=7)
+    assert list(before) == [4, 5]
+    assert losses("broken", before=before) == whole
+    # What a group has is the mean of its steps.
+    each = losses("each", log_every=1)
+    assert whole[8] == pytest.approx(np.mean([each[step] for step in (6, 7, 8)]), rel=1e-5)
 
 
 @one_backend
@@ -576,9 +662,10 @@ def test_weights_that_are_no_numbers_are_not_saved(at, signalled, tmp_path):
 def test_the_loss_is_looked_at_every_so_many_steps_and_before_saving(tmp_path):
     data = functools.partial(batches, broken_at=STEPS)
     for options, step in (
-        ({"check_loss_every": 3}, 6),
-        ({"check_loss_every": 1000}, 2 * STEPS),
-        ({"check_loss_every": 1000, "at": STEPS + 2}, STEPS + 2),
+        ({"log_every": 3}, 6),
+        ({"log_every": 1000}, 2 * STEPS),
+        ({"log_every": 1000, "log_first": STEPS + 3}, STEPS + 1),
+        ({"log_every": 1000, "interruption": SignalAt(STEPS + 2)}, STEPS + 2),
     ):
         with pytest.raises(NonFiniteLossError, match=f"after step {step}, in epoch 2"):
             train(make_model(), tmp_path, data=data, **options)

@@ -1048,38 +1048,11 @@ def test_records_that_are_lost_are_named(prepared, tmp_path, cache_gb):
     assert "\n" not in str(error.value)
 
 
-def test_imagewoof_is_made_of_its_archive(tmp_path, monkeypatch):
-    from recipes.data import imagewoof
-
-    asked = []
-    for part, count in (("train", 2), ("val", 1)):
-        for number, name in enumerate(imagewoof._CLASSES):
-            class_folder = tmp_path / "imagewoof2-160" / part / name
-            class_folder.mkdir(parents=True)
-            for index in range(count):
-                color = (20 * number, 0, 0)
-                image = PIL.Image.new("RGB", (50, 40), color)
-                image.save(class_folder / f"{name}_{part}{index}.JPEG")
-    monkeypatch.setattr(
-        tfds.download.DownloadManager,
-        "download_and_extract",
-        lambda self, url: asked.append(url) or tmp_path,
-    )
-    images = data.load(
-        "imagewoof/160px-v2", image_size=SIZE, data_dir=str(tmp_path / "data"), download=True
-    )
-    assert asked == ["https://s3.amazonaws.com/fast-ai-imageclas/imagewoof2-160.tgz"]
-    assert (images.train.count, images.test.count, images.classes) == (20, 10, 10)
-    [(inputs, labels)] = data.evaluation_dataset(images, 10).as_numpy_iterator()
-    np.testing.assert_allclose(as_pixels(inputs)[..., 0].mean(axis=(1, 2)), 20 * labels, atol=3)
-
-
 # As they are named in the recipes, with the number of their classes.
 KNOWN_SETS = {
     "cifar10": 10,
     "cifar100": 100,
     "imagenette/160px-v2": 10,
-    "imagewoof/160px-v2": 10,
     "imagenet_resized/32x32": 1000,
     "imagenet2012_subset/1pct": 1000,
     "imagenet2012": 1000,
@@ -1107,7 +1080,6 @@ BAD_SETS = {
     "cifar10/unknown": "Expected cifar10 alone: .* Received: cifar10/unknown",
     "imagenette/160": "configuration of imagenette. Expected: 160px. Received: 160$",
     "imagenet2012": "put into .*/downloads/manual by hand; then .*ILSVRC2012_img_train.tar",
-    "imagewoof/160px-v2": "imagewoof/160px-v2 in .* Add --download",
     "coco/2017": "Expected dataset coco/2017 in ",
     "tiny_unlabelled": "`test` or `validation` with labels. Received: .* train, test$",
 }

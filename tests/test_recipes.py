@@ -17,12 +17,11 @@ from absl.testing import flagsaver
 from diagconv_tf import DiagonalwiseDepthwiseConv2D, Plan, files, rewrite
 from recipes import config as config_module
 from recipes import data, models, optimizers, report, train
+from recipes.comparing import ComparedSteps
 from recipes.config import Config, load_config
 from recipes.distributing import Distribution
-from recipes.finetuning import load_start
-from recipes.input_wait import seconds_without_input, wait_share
 from recipes.interruption import NonFiniteLossError, TrainingInterrupted
-from recipes.recording import MetricsLog, StopAfter
+from recipes.recording import MetricsLog, thinned, thinned_losses
 from recipes.report import RunReport, environment
 from recipes.results import VariantResult
 from recipes.run_folder import Progress, open_run_folder, progress_until
@@ -74,6 +73,10 @@ def test_config_files_are_named_and_documented(name):
         ({"name": "a/b"}, "plain folder name"),
         ({"compare": ("stock", "stock")}, "different variants"),
         ({"compare": "stock"}, "a list of strings"),
+        ({"decay_epochs": 2.0}, "a list of floats above 0"),
+        ({"decay_epochs": ("2", "x")}, "a list of floats above 0"),
+        ({"decay_epochs": (5, 2)}, r"several that rise. Received: decay_epochs=\(5.0, 2.0\)"),
+        ({"decay_epochs": ()}, "one number, or several"),
         (
             {"model": "a.keras", "dropout": 0.5, "stem": "imagenet"},
             "defaults of stem, dropout: .*model='a.keras' with stem='imagenet', dropout=0.5",
@@ -100,7 +103,7 @@ def depthwise_model():
     inputs = keras.Input((8, 8, 3))
     x = keras.layers.DepthwiseConv2D(3, name="dw")(inputs)
     x = keras.layers.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, keras.layers.Dense(4, activation="softmax")(x))
+    return keras.Model(inputs, keras.layers.Dense(4)(x))
 
 
 PER_PASS = {"forward": "native", "input_gradient": "dense", "kernel_gradient": "shifted"}
@@ -147,8 +150,12 @@ def test_a_variant_makes_the_model_compute_so(name, lowering, file_name, tmp_pat
         ({"warmup_fraction": 0.1}, {0: 0.01, 4: 0.05, 9: 0.1, 10: 0.1, 55: 0.05, 100: 0.0}),
         ({"warmup_fraction": 0.0}, {0: 0.1, 50: 0.05, 100: 0.0}),
         (
-            {"schedule": "step", "decay_epochs": 3.0, "decay_rate": 0.5, "warmup_fraction": 0.1},
+            {"schedule": "step", "decay_epochs": (3,), "decay_rate": 0.5, "warmup_fraction": 0.1},
             {9: 0.1, 10: 0.1, 39: 0.1, 40: 0.05, 69: 0.05, 70: 0.025},
+        ),
+        (
+            {"schedule": "step", "decay_epochs": (2, 5), "decay_rate": 0.5, "warmup_fraction": 0.1},
+            {9: 0.1, 10: 0.1, 29: 0.1, 30: 0.05, 59: 0.05, 60: 0.025, 99: 0.025},
         ),
         # Five batches to an update: 20 of them in all.
         ({"gradient_accumulation": 5, "warmup_fraction": 0.1}, {0: 0.05, 1: 0.1, 11: 0.05}),
@@ -253,92 +260,8 @@ def test_a_run_goes_on_without_the_settings_that_are_newer(tmp_path):
         open_run_folder(other)
 
 
-# A model of one's own
-
-
-@one_backend
-@pytest.mark.parametrize(
-    ("make", "new_layers"),
-    [
-        (lambda x: keras.layers.Dense(5, activation="softmax")(pooled(x)), {"new_predictions"}),
-        (lambda x: keras.layers.Dense(3, activation="softmax", name="mine")(pooled(x)), set()),
-        (lambda x: x, {"new_average", "new_predictions"}),
-    ],
-    ids=["other classes", "same classes", "feature maps"],
-)
-def test_a_model_from_a_file_gets_the_classes_of_the_data(make, new_layers, tmp_path):
-    inputs = keras.Input((None, None, 3))
-    features = keras.layers.DepthwiseConv2D(3, name="dw")(inputs)
-    model = rewrite(keras.Model(inputs, make(features)), "shifted")
-    model.save(tmp_path / "mine.keras")
-    loaded = load_start(str(tmp_path / "mine.keras"), (8, 8, 3), 3)
-    assert type(loaded.get_layer("dw")) is keras.layers.DepthwiseConv2D
-    np.testing.assert_array_equal(
-        loaded.get_layer("dw").get_weights()[0], model.get_layer("dw").get_weights()[0]
-    )
-    assert {x.name for x in loaded.layers if x.name.startswith("new_")} == new_layers
-    outputs = keras.ops.convert_to_numpy(loaded(np.ones((2, 8, 8, 3))))
-    np.testing.assert_allclose(outputs.sum(axis=-1), 1, rtol=1e-5)
-    assert outputs.shape == (2, 3)
-
-
 def pooled(x):
     return keras.layers.GlobalAveragePooling2D()(x)
-
-
-@one_backend
-@pytest.mark.parametrize("suffix", ["keras", "h5"])
-def test_the_loss_of_a_model_in_half_precision_is_scaled(suffix, tmp_path):
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        model = depthwise_model()
-    finally:
-        keras.config.set_dtype_policy("float32")
-    model.save(tmp_path / f"mine.{suffix}")
-    loaded = load_start(str(tmp_path / f"mine.{suffix}"), (8, 8, 3), 4)
-    optimizers.compile_model(loaded, Config(), 10)
-    assert type(loaded.optimizer).__name__ == "LossScaleOptimizer"
-
-
-HEADS = {
-    "Dense": lambda x: keras.layers.Dense(3)(x),
-    "sigmoid": lambda x: keras.layers.Dense(3, activation="sigmoid")(x),
-    "softmax before it": lambda x: keras.layers.Dense(3)(keras.layers.Softmax()(x)),
-}
-PROBABILITIES = {
-    "Dense": lambda x: keras.layers.Dense(3, activation="softmax")(x),
-    "Softmax": lambda x: keras.layers.Softmax()(x),
-    "Activation": lambda x: keras.layers.Activation("softmax")(x),
-    "operation": lambda x: keras.ops.softmax(x),
-    "nested": lambda x: keras.Sequential([keras.layers.Dense(3, activation="softmax")])(x),
-}
-
-
-@one_backend
-@pytest.mark.parametrize("head", [*HEADS.items(), *PROBABILITIES.items()], ids=lambda x: x[0])
-def test_only_probabilities_are_kept_as_outputs(head, tmp_path):
-    name, make = head
-    path = str(tmp_path / "mine.keras")
-    inputs = keras.Input((8, 8, 3))
-    keras.Model(inputs, make(pooled(inputs))).save(path)
-    if make is PROBABILITIES.get(name):
-        load_start(path, (8, 8, 3), 3)
-        return
-    with pytest.raises(ValueError, match="3 outputs to end in a softmax.*ends in Dense"):
-        load_start(path, (8, 8, 3), 3)
-
-
-@one_backend
-def test_models_that_do_not_fit_are_refused(tmp_path):
-    path = str(tmp_path / "mine.keras")
-    inputs = keras.Input((8, 8, 3))
-    keras.Model(inputs, keras.layers.Activation("relu")(pooled(inputs))).save(path)
-    with pytest.raises(ValueError, match=r"images of shape \(32, 32, 3\).*mine.keras.*\(8, 8, 3\)"):
-        load_start(path, (32, 32, 3), 5)
-    with pytest.raises(ValueError, match="in a Dense layer.*ends in Activation"):
-        load_start(path, (8, 8, 3), 5)
-    with pytest.raises(ValueError, match="no such file"):
-        load_start(str(tmp_path / "other.keras"), (8, 8, 3), 5)
 
 
 # The recipe
@@ -380,14 +303,13 @@ def test_variants_train_alike_from_the_same_start(run):
     # The dropout of one half would give other losses, were it not the same.
     np.testing.assert_allclose(ours.losses, stock.losses, rtol=1e-3)
     assert stock.steps.first_step_seconds > 0
-    assert stock.without_input_seconds > 0
 
 
 @one_worker
 def test_run_folder_has_all_files(run):
     names = {path.name for path in run.folder.iterdir()}
     expected = {"config.json", "metrics.jsonl", "report.json", "report.md", "curves.png"}
-    expected |= {"model.keras", "checkpoints", "results"}
+    expected |= {"model.keras", "class_names.json", "step_times.json", "checkpoints", "results"}
     assert names == expected | ({"saved_model", "tensorboard"} if ON_TENSORFLOW else set())
     settings = json.loads((run.folder / "config.json").read_text())
     assert Config(**settings) == run.config
@@ -495,11 +417,12 @@ def small(monkeypatch, tmp_path, **settings):
         inputs = keras.Input(image_shape)
         x = keras.layers.DepthwiseConv2D(3, strides=4, name="dw")(inputs)
         x = keras.layers.Dropout(0.3)(pooled(x))
-        return keras.Model(inputs, keras.layers.Dense(classes, activation="softmax")(x))
+        return keras.Model(inputs, keras.layers.Dense(classes)(x))
 
     monkeypatch.setattr("recipes.models.mobilenet_v1", build)
     monkeypatch.setattr(train, "export_model", lambda *_: "")
     monkeypatch.setattr(report, "draw_curves", draw_nothing)
+    monkeypatch.setattr(train, "compare_steps", lambda *_: ComparedSteps())
     values = {"batch_size": 300, "epochs": 3, "output_dir": str(tmp_path), "compare": ("shifted",)}
     return Config(**{**values, **settings})
 
@@ -541,7 +464,7 @@ def test_every_config_makes_a_model_that_can_be_trained(name, monkeypatch):
 @pytest.mark.parametrize("name", one_config_for_each_dataset())
 def test_configs_train(name, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "export_model", lambda *_: "")
-    monkeypatch.setattr(train, "seconds_without_input", lambda *_: None)
+    monkeypatch.setattr(train, "compare_steps", lambda *_: ComparedSteps())
     monkeypatch.setattr(report, "draw_curves", draw_nothing)
     small_networks(monkeypatch)
     # Tuning has tests of its own; here it would measure for a minute.
@@ -603,12 +526,14 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
 
     def end_of_step(self, batch, logs=None):
         steps.append(batch)
+        write_line(self, batch, logs)
         if len(steps) == 12 + 6:  # In the second epoch of the second variant.
             interrupt()
 
+    write_line = MetricsLog.on_train_batch_end
     broken = dataclasses.replace(config, name="broken", max_steps=100)
     with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(StopAfter, "on_train_batch_end", end_of_step)
+        patch.setattr(MetricsLog, "on_train_batch_end", end_of_step)
         train.run_recipe(broken, verbose=0)
     resumed = train.run_recipe(dataclasses.replace(broken, resume=True, max_steps=None), verbose=0)
     assert [v.losses for v in resumed.variants] == [v.losses for v in whole.variants]
@@ -728,29 +653,13 @@ def test_profiles_have_the_names_of_layers(tmp_path, monkeypatch):
         assert b"dw" in content
 
 
-def test_what_the_wait_for_input_is():
-    assert wait_share(0.4, 0.1) == pytest.approx(0.75)
-    assert wait_share(0.1, 0.4) == 0
-    assert wait_share(None, 0.4) is wait_share(0.4, None) is None
-    model = depthwise_model()
-    optimizers.compile_model(model, Config(ema_momentum=0.9), 10)
-    batch = (np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype("float32"), np.arange(4))
-    model.fit(*batch, verbose=0)
-    before = [keras.ops.convert_to_numpy(v) for v in (*model.variables, *model.optimizer.variables)]
-    assert seconds_without_input(model, batch) > 0
-    after = [keras.ops.convert_to_numpy(v) for v in (*model.variables, *model.optimizer.variables)]
-    for a, b in zip(before, after, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 # Files of a run
 
 
 @one_backend
 def test_results_are_files():
-    result = VariantResult("a", (1.0, 2.0), (0.5,), summary(), (0.1, 0.2), 0.05, "because")
+    result = VariantResult("a", (1.0, 2.0), (0.5,), summary(), (0.1, 0.2), "because", 0.75)
     assert VariantResult.from_json(result.to_json()) == result
-    assert result.input_wait == pytest.approx(0.5)
 
 
 def summary():
@@ -771,14 +680,14 @@ def test_progress_is_read_up_to_the_checkpoint(tmp_path):
     ]
     text = "\n".join(map(json.dumps, events)) + '\n{"event": "st'
     path.write_text(text)
-    assert progress_until(path, "a", 2, 1) == Progress((3.0, 2.0), (0.5,))
+    assert progress_until(path, "a", 2, 1) == Progress({1: 3.0, 2: 2.0}, (0.5,))
     assert path.read_text().splitlines() == text.splitlines()[:4]
     assert progress_until(path, "a", 0, 0) == Progress()
     assert path.read_text().splitlines() == text.splitlines()[3:4]
 
 
 @one_backend
-def test_lines_that_were_lost_are_unknown_and_no_error(tmp_path, caplog):
+def test_lines_that_were_lost_are_no_error(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     events = [
         {"event": "step", "variant": "a", "step": 1, "loss": 3.0},
@@ -788,17 +697,33 @@ def test_lines_that_were_lost_are_unknown_and_no_error(tmp_path, caplog):
     path.write_text("\n".join(map(json.dumps, events)))
     with caplog.at_level("WARNING"):
         found = progress_until(path, "a", 4, 2)
-    np.testing.assert_array_equal(found.losses, [3.0, np.nan, 1.0, np.nan])
+    assert found.losses == {1: 3.0, 3: 1.0}
     np.testing.assert_array_equal(found.test_accuracies, [np.nan, 0.5])
-    assert "2 of the 4 losses and 1 of the 2 test accuracies" in caplog.text
+    assert "1 of the 2 test accuracies" in caplog.text
+
+
+@one_backend
+@pytest.mark.parametrize("count", [0, 1, 20, 10_020, 10_021, 35_000])
+def test_long_loss_curves_are_joined_to_means_of_neighbours(count):
+    losses = {2 * step: float(step % 7) for step in range(1, count + 1)}
+    found = thinned_losses(losses, keep=20)
+    assert list(found.items())[:20] == list(losses.items())[:20]
+    assert len(found) == {10_021: 20 + 5001, 35_000: 20 + 8745}.get(count, count)
+    assert max(found, default=0) == 2 * count
+    if count == 35_000:
+        assert found[2 * 24] == np.mean([losses[2 * step] for step in (21, 22, 23, 24)])
+    assert len(thinned(range(count))) <= 10_000
+    assert set(thinned(range(count))) <= set(range(count))
 
 
 @one_backend
 @pytest.mark.parametrize("accuracies", [(0.5, 0.75), (0.5, np.nan)], ids=str)
 def test_reports_of_variants_of_other_lengths_and_with_lost_losses(accuracies, tmp_path):
-    longer = VariantResult("a", (3.0, np.nan, 1.0, 0.5), (0.5, 0.75), summary(), (0.1,))
+    longer = VariantResult(
+        "a", (3.0, 1.0, 0.5), (0.5, 0.75), summary(), (0.1,), loss_steps=(1, 3, 4)
+    )
     shorter = VariantResult("b", (3.5, 2.0, 1.25), accuracies, summary(), (0.1,))
-    lost = VariantResult("c", (np.nan,), (np.nan,), summary(), ())
+    lost = VariantResult("c", (), (np.nan,), summary(), ())
     report = RunReport(Config(), tmp_path, environment(), (longer, shorter, lost))
     report.write()
 
@@ -819,7 +744,7 @@ def test_a_test_within_an_epoch_is_no_progress(tmp_path):
     step = {"event": "step", "variant": "a", "step": 1, "loss": 3.0}
     epoch = {"event": "epoch", "variant": "a", "step": 1, "epoch": 0, "val_accuracy": 0.5}
     path.write_text(f"{json.dumps(step)}\n{json.dumps(epoch)}")
-    assert progress_until(path, "a", 1, 0) == Progress((3.0,), ())
+    assert progress_until(path, "a", 1, 0) == Progress({1: 3.0}, ())
     assert path.read_text().splitlines() == [json.dumps(step)]
 
 
@@ -955,6 +880,7 @@ def test_flags_override_the_config(monkeypatch):
         train, "run_recipe", lambda config, *_, **__: given.append(config) or pytest.skip()
     )
     arguments = ["--epochs=3", "--compare=stock,shifted", "--learning_rate=1", "--nooverwrite"]
+    arguments += ["--decay_epochs=60,120.5"]
     with flagsaver.flagsaver(), pytest.raises(pytest.skip.Exception):
         train.main(config_module.parse_flags(["train", *arguments]))
     expected = dataclasses.replace(
@@ -962,6 +888,7 @@ def test_flags_override_the_config(monkeypatch):
         epochs=3,
         compare=("stock", "shifted"),
         learning_rate=1.0,
+        decay_epochs=(60.0, 120.5),
     )
     assert given == [expected]
     assert "epochs" in flags.FLAGS

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from diagconv_tf import class_swap, distribution, files
+from diagconv_tf import class_swap, distribution, files, keras_internals
 from diagconv_tf.copying import copy_model
 from diagconv_tf.exporting.base import Format
 from diagconv_tf.exporting.comparing import Reference
@@ -25,6 +25,7 @@ from diagconv_tf.exporting.onnx import Onnx
 from diagconv_tf.exporting.report import ExportError, ExportReport
 from diagconv_tf.exporting.saved_model import SavedModel
 from diagconv_tf.model_tree import check_built, walk_layers
+from diagconv_tf.preserving import preserved_state
 from diagconv_tf.rules import DEFAULT_RULES, Rule
 from diagconv_tf.text import summarize_error
 
@@ -156,7 +157,7 @@ def _write_checked(
                 native_convolutions(model, rules) if native else contextlib.nullcontext(),
                 _for_inference(),
             ):
-                _write(file_format, model, written, options)
+                _write(file_format, _called_for_inference(model), written, options)
             found = _count_depthwise(file_format, written, calls if native else 0)
             runtime, outputs = _run(file_format, written, reference)
             difference = reference.difference(outputs)
@@ -239,27 +240,45 @@ def _check_holds_all(model: keras.Model) -> None:
         )
 
 
+def _called_for_inference(model: keras.Model) -> keras.Model:
+    """`model`, or one around it that calls it with `training=False`, which Keras's export omits.
+
+    Only functional and sequential models can have one around them.
+    """
+    if not _active_layers(model) or keras_internals.graph(model) is None:
+        return model
+    with preserved_state(model):
+        outputs = model(model.input, training=False)
+        around = keras.Model(model.input, outputs, name=model.name)
+        around(model.input)  # Keras exports no model to ONNX that was never called.
+    return around
+
+
+def _active_layers(model: keras.Model) -> list[str]:
+    """Paths of layers that act as in training unless they are told otherwise.
+
+    Random layers for augmentation do.
+    """
+    return [
+        placed.path
+        for placed in walk_layers(model)
+        if (training := inspect.signature(placed.layer.call).parameters.get("training"))
+        and training.default is True
+    ]
+
+
 @contextlib.contextmanager
 def _active_layers_named(model: keras.Model) -> Iterator[None]:
-    """Adds to an `ExportError` the layers that may have caused it by acting as in training.
-
-    Random layers for augmentation do, unless they are called with `training=False`,
-    which Keras's exporters do not (but for LiteRT).
-    """
+    """Adds to an `ExportError` the layers that may have caused it by acting as in training."""
     try:
         yield
     except ExportError as error:
-        active = [
-            placed.path
-            for placed in walk_layers(model)
-            if (training := inspect.signature(placed.layer.call).parameters.get("training"))
-            and training.default is True
-        ]
+        active = _active_layers(model)
         if not active:
             raise
         raise ExportError(
-            f"{error}; these layers act as in training unless `training=False` is passed, which "
-            f"Keras's export does not do: {', '.join(active)}. Export a model without them"
+            f"{error}; these layers act as in training unless `training=False` is passed: "
+            f"{', '.join(active)}. Export a model without them"
         ) from error
 
 

@@ -33,6 +33,6 @@ def get_config() -> Config:
         learning_rate=0.01,
         schedule="step",
         decay_rate=0.1,
-        milestones=("20", "30"),
+        decay_epochs=(20.0, 30.0),
         warmup_fraction=0.0,
     )

@@ -33,7 +33,7 @@ def get_config() -> Config:
         learning_rate=2e-4,
         schedule="step",
         decay_rate=0.2,
-        milestones=("60", "75"),
+        decay_epochs=(60.0, 75.0),
         warmup_fraction=0.0,
         epsilon=1e-5,
     )

@@ -37,7 +37,7 @@ def get_config() -> Config:
         learning_rate=0.001,
         schedule="step",
         decay_rate=0.5,
-        milestones=("100",),
+        decay_epochs=(100.0,),
         warmup_fraction=0.0,
         epsilon=1e-5,
     )

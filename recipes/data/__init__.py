@@ -5,7 +5,7 @@ tf.data datasets of it for `fit` and `evaluate`, the same under every Keras
 backend.
 
     pipeline.py      the two functions          image_data.py    ImageData
-    digits.py  folder.py  tfds_source.py (imagewoof.py)  synthetic.py    what `load` can load
+    digits.py  folder.py  tfds_source.py  synthetic.py    what `load` can load
     sources.py       the kinds of places: pixels, encoded images, files, streams; their orders
     pictures.py      decode, cut, scale         augmentation.py  what is random about it
     seeds.py         randomness as a function of numbers
@@ -59,8 +59,7 @@ def load(
               DIR has `train` and `test` (or `val`, `validation`), the classes
               are in these; else one fifth of each class is the test set.
             - else, an image classification set of TensorFlow Datasets, such as
-              `"cifar10"`, `"imagenette/160px-v2"` or `"imagenet2012"`; also
-              `"imagewoof/160px-v2"`, which is made here.
+              `"cifar10"`, `"imagenette/160px-v2"` or `"imagenet2012"`.
         image_size: Height and width of the images in a batch.
         data_dir: Where TensorFlow Datasets looks and downloads to; `None` is
             its own default.

@@ -55,8 +55,6 @@ def load_tfds(
     # It takes seconds to import.
     import tensorflow_datasets as tfds
 
-    from recipes.data import imagewoof  # noqa: F401 - makes it known.
-
     _check_name(tfds, name, data_dir)
     builder = _prepared(tfds, name, data_dir, download)
     image_key, label_key = _supervised_keys(tfds, name, builder.info)

@@ -119,28 +119,48 @@ def test_diagonalwise_has_stock_weights_and_outputs(case):
     np.testing.assert_allclose(predict(ours, images), predict(stock, images), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "without_stride", "last_size"),
-    [
-        ("mobilenet_v1", {"conv1"}, 2),
-        ("mobilenet_v2", {"Conv1", "block_1_depthwise"}, 4),
-    ],
-)
-def test_cifar_stem_changes_only_strides(name, without_stride, last_size):
-    build = getattr(models, name)
-    imagenet, cifar = (
-        build((32, 32, 3), 10, width_multiplier=0.35, stem=stem) for stem in models.STEMS
-    )
+# Height of the outputs of the depthwise layers, one after another. ImageNet: table 1 of arXiv
+# 1704.04861 and table 2 of arXiv 1801.04381. CIFAR: what the strides of github.com/kuangliu/
+# pytorch-cifar (models/mobilenet.py, models/mobilenetv2.py) make of 32.
+HEIGHTS = {
+    ("mobilenet_v1", "imagenet", 224): [112, 56, 56, 28, 28, *[14] * 6, 7, 7],
+    ("mobilenet_v1", "cifar", 32): [32, 16, 16, 8, 8, *[4] * 6, 2, 2],
+    ("mobilenet_v2", "imagenet", 224): [112, 56, 56, *[28] * 3, *[14] * 7, *[7] * 4],
+    ("mobilenet_v2", "cifar", 32): [32, 32, 32, *[16] * 3, *[8] * 7, *[4] * 4],
+}
 
-    def strided(model):
-        return {x.name for x in model.layers if getattr(x, "strides", None) == (2, 2)}
 
-    assert strided(imagenet) - strided(cifar) == without_stride
-    assert strided(cifar) < strided(imagenet)
-    shapes = [[tuple(w.shape) for w in model.get_weights()] for model in (imagenet, cifar)]
-    assert shapes[0] == shapes[1]
-    last = [x for x in cifar.layers if isinstance(x, keras.layers.ReLU)][-1]
-    assert tuple(last.output.shape[1:3]) == (last_size, last_size)
+@pytest.mark.parametrize(("name", "stem", "size"), HEIGHTS)
+def test_sizes_are_those_of_the_sources(name, stem, size):
+    model = getattr(models, name)((size, size, 3), 10, width_multiplier=0.35, stem=stem)
+    depthwise = [x for x in model.layers if isinstance(x, keras.layers.DepthwiseConv2D)]
+    assert [x.output.shape[1] for x in depthwise] == HEIGHTS[name, stem, size]
+    # The weights interchange with those of the other stem, and of keras.applications.
+    case = Case(name, 32, 32, 0.35)
+    expected = [tuple(w.shape) for w in case.theirs().get_weights()[:-2]]
+    assert [tuple(w.shape) for w in model.get_weights()[:-2]] == expected
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
+def test_depthwise_kernels_begin_as_he_says(name):
+    """arXiv 1502.01852, equation 10, for the 9 inputs of an output."""
+    model = getattr(models, name)((32, 32, 3), 10)
+    depthwise = [x for x in model.layers if isinstance(x, keras.layers.DepthwiseConv2D)]
+    for layer in depthwise:
+        kernel = keras.ops.convert_to_numpy(layer.kernel)
+        # Of 288 values or more the deviation is off by 4 %.
+        assert kernel.std() == pytest.approx((2 / 9) ** 0.5, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
+def test_logits_are_what_the_probabilities_are_of(name):
+    case = Case(name, 32, 32, 0.25)
+    probabilities, logits = case.ours(), case.ours(classifier_activation=None)
+    logits.set_weights(probabilities.get_weights())
+    images = images_for(case)
+    exponentials = np.exp(predict(logits, images))
+    expected = exponentials / exponentials.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(predict(probabilities, images), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
@@ -173,6 +193,7 @@ def test_channels_first_has_the_same_weights_and_sizes(name):
         ({"stem": "resnet"}, "'imagenet', 'cifar'.*'resnet'"),
         ({"width_multiplier": 0}, "width_multiplier=0"),
         ({"dropout": 1.0}, r"\[0, 1\).*dropout=1.0"),
+        ({"classifier_activation": "relu"}, "'softmax', None.*'relu'"),
         ({"lowering": "diagonale:32"}, "diagonale:32"),
     ],
     ids=str,

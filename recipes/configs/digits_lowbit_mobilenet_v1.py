@@ -32,4 +32,5 @@ def get_config() -> Config:
         learning_rate=0.05,
         warmup_fraction=0.2,
         weight_decay=1e-3,
+        log_every=1,
     )

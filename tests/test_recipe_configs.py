@@ -139,8 +139,9 @@ SETTINGS = {
         "ema_momentum": 0.9999,
     },
     # tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py: "Resize((40, 40))", "image / 256.0",
-    # "BatchData(data_train, 128)", "learning_rate=1e-3", "decay_steps=4721 * 100", "decay_rate=0.5",
-    # "staircase=True", "AdamOptimizer(lr, epsilon=1e-5)", "max_epoch=200", "dropout(0.5".
+    # "BatchData(data_train, 128)", "learning_rate=1e-3", "decay_steps=4721 * 100",
+    # "decay_rate=0.5", "staircase=True", "AdamOptimizer(lr, epsilon=1e-5)", "max_epoch=200",
+    # "dropout(0.5".
     "svhn_dorefa": {
         "model": "svhn_cnn",
         "lowering": "stock",
@@ -159,8 +160,8 @@ SETTINGS = {
         "warmup_fraction": 0.0,
         "epsilon": 1e-5,
     },
-    # The same, alexnet-dorefa.py: Adam of rate 2e-4, 4e-5 from epoch 60 and 8e-6 from 75, 90 epochs,
-    # batch 256, "epsilon=1e-5", "image / 255.0".
+    # The same, alexnet-dorefa.py: Adam of rate 2e-4, 4e-5 from epoch 60 and 8e-6 from 75, 90
+    # epochs, batch 256, "epsilon=1e-5", "image / 255.0".
     "imagenet_dorefa_alexnet": {
         "model": "alexnet",
         "lowering": "stock",

@@ -51,7 +51,7 @@ one_backend = pytest.mark.backends("tensorflow")
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         (
             {"model": "resnet"},
-            r"mobilenet_v2, or the path of a file named.*Received: model=.resnet",
+            r"mobilenet_v2, .*or the path of a file named.*Received: model=.resnet",
         ),
         ({"name": "a/b"}, "plain folder name"),
         ({"compare": ("stock", "stock")}, "different variants"),

@@ -19,12 +19,12 @@ from diagconv_tf import class_swap, flops, tracing
 from diagconv_tf.layers import layer_spec
 from diagconv_tf.lowbit.layers import kernels_of, operands_of
 from diagconv_tf.lowbit.operands import FLOAT_BITS, Operands
-from diagconv_tf.lowbit.treatment import describe
 from diagconv_tf.model_tree import PlacedLayer, check_built, walk_layers
 from diagconv_tf.preserving import preserved_state
 from diagconv_tf.rules import DEFAULT_RULES, LOWERING, Rule, find_family
 from diagconv_tf.spec import STOCK, ConvSpec
 from diagconv_tf.text import as_text
+from diagconv_tf.treatment import describe
 
 _DEPTHWISE = (
     keras.layers.DepthwiseConv1D,

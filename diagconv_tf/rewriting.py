@@ -27,12 +27,12 @@ from diagconv_tf.inspection import (
 from diagconv_tf.layers import LoweredLayer, kernel_channels_axis
 from diagconv_tf.lowbit.layers import OperandLayer
 from diagconv_tf.lowbit.operands import Operands
-from diagconv_tf.lowbit.treatment import Candidate, Treated, Treatment
 from diagconv_tf.lowerings import LoweringChoice, LoweringLike, parse, why_not, why_not_sharded
 from diagconv_tf.model_tree import PlacedLayer, check_built, select_paths, walk_layers
 from diagconv_tf.plan import Plan
 from diagconv_tf.rules import DEFAULT_RULES, OPERANDS, Rule, find_family
 from diagconv_tf.spec import STOCK
+from diagconv_tf.treatment import Candidate, Treated, Treatment
 
 #: Layer paths or globs, or a function of a row of the inspection.
 Selection = str | Sequence[str] | Callable[[ConvolutionRow], bool]
@@ -231,7 +231,7 @@ def _candidates(places: Iterable[PlacedLayer], rules: Sequence[Rule]) -> list[Ca
             reasons = [*reasons, "not built: the model never calls it"]
         if "call" in vars(place.layer):
             reasons = [*reasons, "its `call` was replaced on the object"]
-        candidates.append(Candidate(place, tuple(reasons)))
+        candidates.append(Candidate(place, tuple(reasons), family.held_operands))
     return candidates
 
 
@@ -245,7 +245,7 @@ def _treat(
         if not wanted:
             raise ValueError(
                 f"Expected a treatment for the model '{model.name}'. Received: {treatment}, which "
-                f"fits none of its {len(treated.layers)} dense layers and convolutions"
+                f"fits none of its {len(treated.layers)} {treatment.kinds[0]}"
             )
         lost = not_in_files([place for place in places if place.path in wanted])
         target = model if in_place else copy_model(model)
@@ -275,7 +275,7 @@ def _treatment_summary(treated: Treated, lost: Sequence[str]) -> str:
     layers = [layer for layer in treated.layers if layer.operands is not None]
     sentences = [
         f"{treated.model_name}: {treated.treatment} for {len(layers)} of {len(treated.layers)} "
-        "dense layers and convolutions. This changes what the model computes."
+        f"{treated.treatment.kinds[0]}. {treated.treatment.effect}"
     ]
     groups: dict[str, list[str]] = {}
     for layer in treated.layers:

@@ -21,6 +21,12 @@ from diagconv_tf.lowbit.layers import (
     OperandLayer,
     why_not_operands,
 )
+from diagconv_tf.minimal_effort.layers import MinimalEffortEinsumDense, why_not_einsum
+from diagconv_tf.minimal_effort.recurrent import (
+    MinimalEffortGRU,
+    MinimalEffortLSTM,
+    why_not_recurrent,
+)
 
 #: The settings that a layer can have: how it computes, and what its operands go through.
 LOWERING, OPERANDS = "lowering", "operands"
@@ -91,7 +97,7 @@ def _standard_convolution(layer: keras.layers.Layer) -> list[str]:
     return [] if layer.groups > 1 else ["groups=1: a standard convolution already"]
 
 
-#: Keras's four layers and ours.
+#: Keras's layers and ours.
 DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(keras.layers.DepthwiseConv2D, DiagonalwiseDepthwiseConv2D),
     Rule(keras.layers.SeparableConv2D, DiagonalwiseSeparableConv2D),
@@ -100,6 +106,9 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(keras.layers.SeparableConv2D, LowBitSeparableConv2D, why_not_operands),
     Rule(keras.layers.Conv2D, LowBitConv2D, why_not_operands),
     Rule(keras.layers.Dense, LowBitDense, why_not_operands),
+    Rule(keras.layers.EinsumDense, MinimalEffortEinsumDense, why_not_einsum),
+    Rule(keras.layers.LSTM, MinimalEffortLSTM, why_not_recurrent),
+    Rule(keras.layers.GRU, MinimalEffortGRU, why_not_recurrent),
 )
 
 
@@ -118,6 +127,14 @@ class Family:
     def holds(self, setting: str) -> bool:
         """Whether any class holds a setting."""
         return any(setting in rule.held for rule in self.rules)
+
+    @property
+    def held_operands(self) -> frozenset[str]:
+        """The operands, of the fields of `Operands`, that any of the classes can hold."""
+        classes = [rule.replacement for rule in self.rules if OPERANDS in rule.held]
+        # A class of somebody else's says nothing of them, and can hold all.
+        held = (getattr(cls, "held_operands", OperandLayer.held_operands) for cls in classes)
+        return frozenset().union(*held)
 
     def held_by(self, layer_class: type[keras.layers.Layer]) -> frozenset[str]:
         """The settings that one of the classes can hold."""

@@ -21,7 +21,8 @@ from diagconv_tf.lowbit.operands import (
     Operands,
 )
 from diagconv_tf.lowbit.rounding import StochasticRounding
-from diagconv_tf.lowbit.treatment import LowBit, Treated, TreatedLayer, Treatment
+from diagconv_tf.lowbit.treatment import LowBit
+from diagconv_tf.treatment import Treated, TreatedLayer, Treatment
 
 __all__ = [
     "BinaryConnect",

@@ -11,12 +11,15 @@ weights, and stay zeros.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import keras
 from keras import ops
 
+from diagconv_tf import backends as operations
 from diagconv_tf import keras_internals
 from diagconv_tf.layers import (
     DiagonalwiseConv2D,
@@ -27,12 +30,13 @@ from diagconv_tf.layers import (
     convolve_as,
     convolve_pointwise,
     kernel_channels_axis,
+    layer_spec,
     signature_with,
 )
-from diagconv_tf.lowbit import backends
+from diagconv_tf.lowbit import backends, units
 from diagconv_tf.lowbit.noise import NoiseSource
-from diagconv_tf.lowbit.operands import GradientOperand, Operands
-from diagconv_tf.lowerings import LoweringChoice, LoweringLike
+from diagconv_tf.lowbit.operands import GradientOperand, Operands, UnitOperand
+from diagconv_tf.lowerings import LoweringChoice, LoweringLike, to_format
 from diagconv_tf.spec import STOCK
 
 _FLOAT = Operands()
@@ -66,9 +70,14 @@ class OperandLayer(_Mixin):
 
     settings: ClassVar[frozenset[str]] = frozenset({"operands"})
 
+    #: Those of `Operands` that layers of this class can hold.
+    held_operands: ClassVar[frozenset[str]] = frozenset({"kernel", "inputs", "gradients"})
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__module__ != __name__ or not issubclass(cls, keras.layers.Layer):
+        # A user's subclass has its own documentation.
+        ours = cls.__module__.startswith(f"{__package__.partition('.')[0]}.")
+        if not ours or not issubclass(cls, keras.layers.Layer):
             return
         added: dict[str, tuple] = {"operands": (_FLOAT, Operands)}
         doc = (cls.__doc__ or "") + _OPERANDS_DOC.format(stock=_stock(cls).__name__)
@@ -85,6 +94,12 @@ class OperandLayer(_Mixin):
             operands = keras.saving.deserialize_keras_object(operands)
         if not isinstance(operands, Operands):
             raise ValueError(f"Expected `operands` to be an `Operands`. Received: {operands!r}")
+        for field in dataclasses.fields(operands):
+            if field.name not in self.held_operands and getattr(operands, field.name) is not None:
+                raise ValueError(
+                    f"Expected operands of {' and '.join(sorted(self.held_operands))} for a "
+                    f"{type(self).__name__}. Received: {operands}"
+                )
         super().__init__(*args, **kwargs)
         _refuse(self)
         self._operands = operands
@@ -184,25 +199,64 @@ def set_noise(layer: keras.layers.Layer, noise: NoiseSource | None) -> None:
             tracker.lock()
 
 
-def _finish(
+def active(gradients: GradientOperand | None, count: int) -> GradientOperand | None:
+    """`gradients` where it changes the present call's gradient, else None.
+
+    Args:
+        gradients: the layer's operand.
+        count: its units.
+    """
+    # Inference has no gradients. It leaves the noise as it is, and files of it need none.
+    if gradients is None or keras_internals.is_inference():
+        return None
+    if isinstance(gradients, UnitOperand):
+        return units.unit_operand(gradients, count)
+    return gradients
+
+
+def seed_for(gradients: GradientOperand, noise: NoiseSource | None) -> Any:
+    """The seed of a call: a layer that is called twice in a step has two."""
+    return noise.draw() if gradients.uses_seed and noise is not None else None
+
+
+def finish(
     layer: keras.layers.Layer,
     gradients: GradientOperand | None,
     noise: NoiseSource | None,
     outputs: Any,
+    layout: units.Units | None = None,
+    biased: Callable[[keras.layers.Layer, Any], Any] = add_bias,
 ) -> Any:
-    """Adds the bias, applies the activation; the gradient goes through its operand."""
-    # Inference has no gradients. It leaves the noise as it is, and files of it need none.
-    if gradients is None or keras_internals.is_inference():
-        outputs = add_bias(layer, outputs)
+    """Adds the bias, applies the activation; the gradient goes through its operand.
+
+    Args:
+        layer: the layer.
+        gradients: the operand, as `active` has it.
+        noise: where the operand's seed comes from.
+        outputs: those of the layer's product.
+        layout: where the units of the outputs are, for an operand that drops some.
+        biased: of the layer and outputs, returns these with the bias.
+    """
+    if gradients is None:
+        outputs = biased(layer, outputs)
+    elif isinstance(gradients, UnitOperand):
+        assert layout is not None
+        seed = seed_for(gradients, noise)
+        outputs = biased(layer, units.through(gradients, layout, outputs, seed))
     else:
-        # One seed for each call: a layer that is called twice in a step has two.
-        seed = noise.draw() if gradients.uses_seed and noise is not None else None
-        through = functools.partial(backends.through, gradients, seed=seed)
+        through = functools.partial(backends.through, gradients, seed=seed_for(gradients, noise))
         if gradients.covers_bias:
-            outputs = through(add_bias(layer, outputs))
+            outputs = through(biased(layer, outputs))
         else:
-            outputs = add_bias(layer, through(outputs))
+            outputs = biased(layer, through(outputs))
     return outputs if layer.activation is None else layer.activation(outputs)
+
+
+def multiply(product: units.FewUnits, inputs: Any, kernel: Any) -> Any:
+    """A product whose backward pass takes the units that all rows keep."""
+    # A tensor, not a variable, which `tf.custom_gradient` refuses.
+    kernel = ops.reshape(kernel, tuple(kernel.shape))
+    return operations.current().differentiable(product, ops.convert_to_tensor(inputs), kernel)
 
 
 def _convolve(layer: keras.layers.Layer, inputs: Any, kernel: Any, stock_op: str) -> Any:
@@ -211,6 +265,38 @@ def _convolve(layer: keras.layers.Layer, inputs: Any, kernel: Any, stock_op: str
         channels = kernel_channels_axis(layer)
         return convolve_as(choice, layer, inputs, kernel, stock_op, channels)
     return getattr(ops, stock_op)(inputs, kernel, **_window(layer))
+
+
+def _convolve_few(layer: keras.layers.Layer, operand: UnitOperand, inputs: Any, kernel: Any) -> Any:
+    """A convolution whose backward pass takes the channels that all rows keep."""
+    backend = operations.current()
+    inputs, kernel = ops.convert_to_tensor(inputs), ops.convert_to_tensor(kernel)
+    inputs, kernel = backend.stock_operands(inputs, kernel, "conv")
+    dtype = keras.backend.standardize_dtype(kernel.dtype)
+    spec = layer_spec(layer, tuple(inputs.shape), dtype)
+    layout = backend.preferred_data_format(spec.data_format)
+    moved = spec.replace(data_format=layout)
+    channels = units.Units(layer.filters, (moved.channel_axis,))
+    outputs = multiply(
+        units.ConvolutionProduct(operand, channels, moved), to_format(inputs, spec, layout), kernel
+    )
+    return to_format(outputs, moved, spec.data_format)
+
+
+def _channel_axis(layer: keras.layers.Layer) -> int:
+    return -1 if layer.data_format == "channels_last" else 1
+
+
+def _finish_channels(
+    layer: keras.layers.Layer,
+    gradients: GradientOperand | None,
+    noise: NoiseSource | None,
+    outputs: Any,
+) -> Any:
+    axis = _channel_axis(layer)
+    channels = outputs.shape[axis]
+    layout = units.Units(channels, (axis,))
+    return finish(layer, active(gradients, channels), noise, outputs, layout)
 
 
 def _window(layer: keras.layers.Layer) -> dict[str, Any]:
@@ -229,8 +315,15 @@ class LowBitDense(OperandLayer, keras.layers.Dense):
     def call(self, inputs: Any, training: Any = None) -> Any:
         operands, noise = operands_of(self), noise_of(self)
         kernel = operands.quantize_kernel(self.kernel)
-        outputs = ops.matmul(operands.quantize_inputs(inputs), kernel)
-        return _finish(self, operands.gradients, noise, outputs)
+        inputs = operands.quantize_inputs(inputs)
+        layout = units.Units(self.units)
+        gradients = active(operands.gradients, layout.count)
+        if (unified := units.unified_operand(gradients)) is not None:
+            outputs = multiply(units.MatrixProduct(unified, layout), inputs, kernel)
+            gradients = None
+        else:
+            outputs = ops.matmul(inputs, kernel)
+        return finish(self, gradients, noise, outputs, layout)
 
 
 class _LowBitConvolution(OperandLayer):
@@ -251,8 +344,17 @@ class LowBitConv2D(_LowBitConvolution, DiagonalwiseConv2D):
     def call(self, inputs: Any) -> Any:
         operands, noise = operands_of(self), noise_of(self)
         kernel = operands.quantize_kernel(self.kernel)
-        outputs = _convolve(self, operands.quantize_inputs(inputs), kernel, "conv")
-        return _finish(self, operands.gradients, noise, outputs)
+        inputs = operands.quantize_inputs(inputs)
+        layout = units.Units(self.filters, (_channel_axis(self),))
+        gradients = active(operands.gradients, layout.count)
+        unified = units.unified_operand(gradients)
+        # Of several groups, each has channels of its own; and a lowering has its own passes.
+        if unified is not None and self.groups == 1 and vars(self).get("_lowering") is None:
+            outputs = _convolve_few(self, unified, inputs, kernel)
+            gradients = None
+        else:
+            outputs = _convolve(self, inputs, kernel, "conv")
+        return finish(self, gradients, noise, outputs, layout)
 
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
@@ -263,7 +365,7 @@ class LowBitDepthwiseConv2D(_LowBitConvolution, DiagonalwiseDepthwiseConv2D):
         operands, noise = operands_of(self), noise_of(self)
         kernel = operands.quantize_kernel(self.kernel)
         outputs = _convolve(self, operands.quantize_inputs(inputs), kernel, "depthwise_conv")
-        return _finish(self, operands.gradients, noise, outputs)
+        return _finish_channels(self, operands.gradients, noise, outputs)
 
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
@@ -287,4 +389,4 @@ class LowBitSeparableConv2D(_LowBitConvolution, DiagonalwiseSeparableConv2D):
             outputs = convolve_pointwise(self, inputs, outputs, pointwise)
         else:
             outputs = ops.separable_conv(quantized, depthwise, pointwise, **_window(self))
-        return _finish(self, operands.gradients, noise, outputs)
+        return _finish_channels(self, operands.gradients, noise, outputs)

@@ -97,7 +97,27 @@ class GradientOperand(Protocol):
         """
 
 
-class _Serialisable:
+@runtime_checkable
+class UnitOperand(GradientOperand, Protocol):
+    """A gradient operand that keeps some units of a layer's product, and drops the others.
+
+    It is called with a matrix, or (rows, groups, units): each group of units, such as the
+    gates of a recurrent layer, chooses for itself. A row is what one product of a vector and
+    the kernel gives.
+    """
+
+    @property
+    def unified(self) -> bool:
+        """Whether all rows keep the same units, so that the backward products can be small."""
+
+    def keeps(self, units: int) -> int:
+        """How many of so many units it keeps; `units` where it changes nothing."""
+
+    def columns(self, gradient: Any) -> Any:
+        """Which units all rows keep, as indices of shape (k,), or (groups, k)."""
+
+
+class Serialisable:
     """A dataclass that Keras's files can hold."""
 
     def get_config(self) -> dict[str, Any]:
@@ -143,7 +163,7 @@ def _sign(tensor: Any) -> Any:
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
 @dataclasses.dataclass(frozen=True)
-class DoReFaWeights(_Serialisable):
+class DoReFaWeights(Serialisable):
     """Weights of k bits (arXiv 1606.06160, equations 7 to 9).
 
     k = 1: sign(w) * E, where E is the mean of |w| over the tensor and sign(0) = 1. The
@@ -200,7 +220,7 @@ class DoReFaWeights(_Serialisable):
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
 @dataclasses.dataclass(frozen=True)
-class BinaryConnect(_Serialisable):
+class BinaryConnect(Serialisable):
     """The sign of each weight, with sign(0) = 1; the gradient passes unchanged.
 
     It is method BC of arXiv 1706.02379 (section 3; from arXiv 1511.00363): the optimizer
@@ -230,7 +250,7 @@ def _as_codes(operand: Any, parts: Any, kernel: Any) -> KernelCodes:
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
 @dataclasses.dataclass(frozen=True)
-class DoReFaActivations(_Serialisable):
+class DoReFaActivations(Serialisable):
     """Activations of k bits (arXiv 1606.06160, section 2.4), with L = `limit`.
 
     Unsigned: L * round(n * c / L) / n, where c is x clipped to [0, L]. With L = 1 it is the
@@ -307,7 +327,7 @@ def check_limit(limit: Any) -> None:
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
 @dataclasses.dataclass(frozen=True)
-class DoReFaGradients(_Serialisable):
+class DoReFaGradients(Serialisable):
     """Gradients of k bits, rounded stochastically (arXiv 1606.06160, equation 12).
 
     2 * m * (round(n * clip(g / (2 * m) + 1/2 + s / n, 0, 1)) / n - 1/2), where m is the
@@ -372,7 +392,7 @@ class DoReFaGradients(_Serialisable):
 
 @keras.saving.register_keras_serializable(package="diagconv_tf")
 @dataclasses.dataclass(frozen=True)
-class Operands(_Serialisable):
+class Operands(Serialisable):
     """What a layer's operands go through; None leaves one as it is.
 
     Attributes:

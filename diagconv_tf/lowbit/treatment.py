@@ -1,15 +1,11 @@
-"""Treatments: which operands each layer of a model gets, as values one can print."""
+"""LowBit: DoReFa-Net's quantizers for the layers of a model."""
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any
-
-import keras
-from rich.table import Table
+from collections.abc import Iterator
+from typing import ClassVar
 
 from diagconv_tf.lowbit import graph
 from diagconv_tf.lowbit.layers import operands_of
@@ -18,89 +14,18 @@ from diagconv_tf.lowbit.operands import (
     DoReFaActivations,
     DoReFaGradients,
     DoReFaWeights,
+    GradientOperand,
     Operands,
+    UnitOperand,
     check_bits,
     check_limit,
 )
-from diagconv_tf.model_tree import PlacedLayer, select_paths
-from diagconv_tf.text import as_text
-
-#: The words that stand for the layers at the ends of a graph.
-FIRST, LAST = "first", "last"
+from diagconv_tf.model_tree import PlacedLayer
+from diagconv_tf.treatment import FIRST, LAST, Facts, SelectiveTreatment, TreatedLayer
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A layer whose operands could go through something.
-
-    Attributes:
-        place: the layer and its paths.
-        reasons: why it must stay as it is; empty means that it can be treated.
-    """
-
-    place: PlacedLayer
-    reasons: tuple[str, ...] = ()
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """All paths of the layer."""
-        return (self.place.path, *self.place.other_paths)
-
-
-@dataclasses.dataclass(frozen=True)
-class TreatedLayer:
-    """What a treatment does with one layer.
-
-    Attributes:
-        path: the layer's path.
-        class_name: name of its class before.
-        operands: what it gets; None leaves it as it is.
-        reasons: why it gets these, or is left as it is.
-        changes: what becomes different by more than rounding, for people.
-    """
-
-    path: str
-    class_name: str
-    operands: Operands | None
-    reasons: tuple[str, ...] = ()
-    changes: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Treated:
-    """What a treatment does with a model; prints as a table.
-
-    Attributes:
-        model_name: the model's name.
-        treatment: the treatment.
-        layers: one for each dense layer and convolution that a rule names.
-    """
-
-    model_name: str
-    treatment: Treatment
-    layers: tuple[TreatedLayer, ...]
-
-    def __rich__(self) -> Table:
-        return _table(self)
-
-    def __str__(self) -> str:
-        return as_text(self)
-
-
-class Treatment(abc.ABC):
-    """Decides which operands the layers of a model get; changes nothing itself."""
-
-    @abc.abstractmethod
-    def decide(self, model: keras.Model, candidates: Sequence[Candidate]) -> Treated:
-        """What becomes of each of `candidates`, in their order.
-
-        Raises:
-            ValueError: if the treatment does not fit the model; the message says why.
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class LowBit(Treatment):
+class LowBit(SelectiveTreatment):
     """DoReFa-Net's quantizers (arXiv 1606.06160) for the layers of a model.
 
     `LowBit(1, 2, 6)` means 1-bit weights, 2-bit activations and 6-bit gradients, the
@@ -130,6 +55,12 @@ class LowBit(Treatment):
         ValueError: if a number of bits is neither 1 to 8 nor 32, or all three are 32.
     """
 
+    kinds: ClassVar[tuple[str, str]] = (
+        "dense layers and convolutions",
+        "dense layer or convolution",
+    )
+    needs: ClassVar[str] = "kernel"
+
     weights: int = FLOAT_BITS
     activations: int = FLOAT_BITS
     gradients: int = FLOAT_BITS
@@ -150,18 +81,7 @@ class LowBit(Treatment):
             )
         if self.limit is not None:
             check_limit(self.limit)
-        for name in ("skip", "include", "exclude"):
-            patterns = getattr(self, name)
-            if patterns is None and name == "include":
-                continue
-            patterns = (patterns,) if isinstance(patterns, str) else patterns
-            is_list = isinstance(patterns, Sequence)
-            if not (is_list and all(isinstance(pattern, str) for pattern in patterns)):
-                raise ValueError(
-                    f"Expected `{name}` to be a layer path, a glob, or a list of these. "
-                    f"Received: {name}={patterns!r}"
-                )
-            object.__setattr__(self, name, tuple(patterns))
+        self._check_selection()
 
     def __str__(self) -> str:
         return f"LowBit({', '.join(map(str, self._bits))})"
@@ -170,67 +90,7 @@ class LowBit(Treatment):
     def _bits(self) -> tuple[int, int, int]:
         return self.weights, self.activations, self.gradients
 
-    def decide(self, model: keras.Model, candidates: Sequence[Candidate]) -> Treated:
-        facts = graph.layer_facts(model)
-        self._check_ends(model, candidates, facts)
-        included = None
-        if self.include is not None:
-            included = _matching("include", self.include, candidates)
-        excluded = _matching("exclude", self.exclude, candidates)
-        named = tuple(pattern for pattern in self.skip if pattern not in (FIRST, LAST))
-        skipped = _matching("skip", named, candidates)
-        layers = []
-        for candidate in candidates:
-            if included is not None and candidate.place.path not in included:
-                reasons: tuple[str, ...] = ("not included",)
-            elif candidate.place.path in excluded:
-                reasons = ("excluded",)
-            elif candidate.place.path in skipped:
-                reasons = ("in `skip`",)
-            else:
-                reasons = candidate.reasons or tuple(self._at_an_end(candidate, facts))
-            if reasons:
-                name = type(candidate.place.layer).__name__
-                layers.append(TreatedLayer(candidate.place.path, name, None, reasons))
-            else:
-                layers.append(self._treated(candidate.place, facts))
-        return Treated(model.name, self, tuple(layers))
-
-    def _check_ends(
-        self,
-        model: keras.Model,
-        candidates: Sequence[Candidate],
-        facts: dict[int, graph.LayerFacts] | None,
-    ) -> None:
-        """Refuses to guess which layers are first and last."""
-        for end in (FIRST, LAST):
-            if end not in self.skip or not candidates:
-                continue
-            unclear = [c.place for c in candidates if facts is None or _end(c, facts, end) is None]
-            if not unclear:
-                continue
-            if facts is None:
-                what = f"the model '{model.name}' of class {type(model).__name__}, which has none"
-            else:
-                inside = unclear[0].path.rpartition("/")[0]
-                what = f"the layer '{inside}', whose inside is in no graph"
-            first, last = candidates[0].place.path, candidates[-1].place.path
-            raise ValueError(
-                f"Expected a graph (a functional or sequential model) that tells the {end} layer, "
-                f"which stays float. Received: {what}; name the layers that stay float: "
-                f"LowBit(..., skip=('{first}', '{last}')), or skip=() for none"
-            )
-
-    def _at_an_end(
-        self, candidate: Candidate, facts: dict[int, graph.LayerFacts] | None
-    ) -> Iterator[str]:
-        for end in (FIRST, LAST):
-            if end in self.skip and facts is not None and _end(candidate, facts, end):
-                yield f"the graph's {end} layer"
-
-    def _treated(
-        self, place: PlacedLayer, facts: dict[int, graph.LayerFacts] | None
-    ) -> TreatedLayer:
+    def _treated(self, place: PlacedLayer, facts: Facts) -> TreatedLayer:
         known = facts.get(id(place.layer)) if facts is not None else None
         inputs = known.inputs if known is not None else None
         reasons: list[str] = []
@@ -243,7 +103,7 @@ class LowBit(Treatment):
         operands = Operands(
             DoReFaWeights(self.weights) if self.weights != FLOAT_BITS else None,
             activations,
-            self._gradients(place.path) if self.gradients != FLOAT_BITS else None,
+            self._gradients(place),
         )
         name = type(place.layer).__name__
         return TreatedLayer(place.path, name, operands, tuple(reasons), tuple(changes))
@@ -265,18 +125,14 @@ class LowBit(Treatment):
             limit = bound if 0 < bound < float("inf") else 1.0
         return DoReFaActivations(self.activations, signed, float(limit)), why
 
-    def _gradients(self, path: str) -> DoReFaGradients:
+    def _gradients(self, place: PlacedLayer) -> GradientOperand | None:
+        if self.gradients == FLOAT_BITS:
+            # Float, and what another treatment drops of them stays dropped.
+            before = operands_of(place.layer).gradients
+            return before if isinstance(before, UnitOperand) else None
         # Not `hash`, which differs from process to process.
-        seed = None if self.seed is None else zlib.crc32(f"{self.seed} {path}".encode())
+        seed = None if self.seed is None else zlib.crc32(f"{self.seed} {place.path}".encode())
         return DoReFaGradients(self.gradients, seed=None if seed is None else seed & 0x7FFFFFFF)
-
-
-def _end(candidate: Candidate, facts: dict[int, graph.LayerFacts], end: str) -> bool | None:
-    """Whether a layer is at an end of the graph; None where that is not clear."""
-    known = facts.get(id(candidate.place.layer))
-    if known is None:
-        return False
-    return known.is_first if end == FIRST else known.is_last
 
 
 def _clipping(activations: DoReFaActivations, inputs: graph.Range | None) -> Iterator[str]:
@@ -289,44 +145,3 @@ def _clipping(activations: DoReFaActivations, inputs: graph.Range | None) -> Ite
         kept = f"[{low:g}, {limit:g}]"
         reach = f"reach [{inputs.low:g}, {inputs.high:g}]" if inputs is not None else "are unknown"
         yield f"clips its inputs, which {reach}, to {kept}"
-
-
-def _matching(argument: str, patterns: Sequence[str], candidates: Sequence[Candidate]) -> set[str]:
-    paths = [candidate.paths for candidate in candidates]
-    return select_paths(argument, patterns, paths, "dense layer or convolution")
-
-
-def _table(treated: Treated) -> Table:
-    count = sum(layer.operands is not None for layer in treated.layers)
-    table = Table(
-        title=f"{treated.model_name}: {treated.treatment} for {count} of {len(treated.layers)} "
-        "dense layers and convolutions",
-        title_justify="left",
-    )
-    for name in ("layer", "class", "kernel", "inputs", "gradients", "why", "changes"):
-        table.add_column(name, overflow="fold")
-    for layer in treated.layers:
-        operands = layer.operands
-        cells = [layer.path, layer.class_name]
-        for part in ("kernel", "inputs", "gradients"):
-            cells.append("" if operands is None else describe(getattr(operands, part)))
-        why = "; ".join(layer.reasons)
-        cells.append(why if operands is not None else f"left as it is: {why}")
-        table.add_row(*cells, "; ".join(layer.changes))
-    return table
-
-
-def describe(operand: Any) -> str:
-    """An operand in a few letters, for tables."""
-    if operand is None:
-        return "float"
-    if isinstance(operand, DoReFaActivations):
-        sign = "±" if operand.signed else "0 … "
-        return f"{operand.bits} bit, {sign}{operand.limit:g}"
-    bits = getattr(operand, "bits", None)
-    return str(operand) if bits is None else f"{bits} bit"
-
-
-def holds_operands(layer: keras.layers.Layer) -> bool:
-    """Whether any operand of a layer goes through something now."""
-    return operands_of(layer) != Operands()

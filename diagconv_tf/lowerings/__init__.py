@@ -8,8 +8,10 @@ from diagconv_tf.lowerings.choice import (
     LoweringLike,
     PerPassChoice,
     UniformChoice,
+    convolution_passes,
     convolve,
     parse,
+    to_format,
     why_not,
 )
 from diagconv_tf.lowerings.diagonal import Diagonal, DiagonalGrouped
@@ -31,9 +33,11 @@ __all__ = [
     "PerPassChoice",
     "Shifted",
     "UniformChoice",
+    "convolution_passes",
     "convolve",
     "convolve_sharded",
     "parse",
+    "to_format",
     "why_not",
     "why_not_sharded",
 ]

@@ -148,8 +148,8 @@ def convolve(spec: ConvSpec, choice: LoweringChoice, inputs: Any, kernel: Any) -
     layout = backend.preferred_data_format(spec.data_format)
     if layout != spec.data_format:
         moved = spec.replace(data_format=layout)
-        outputs = convolve(moved, choice, _transpose(inputs, layout), kernel)
-        return _transpose(outputs, spec.data_format)
+        outputs = convolve(moved, choice, to_format(inputs, spec, layout), kernel)
+        return to_format(outputs, moved, spec.data_format)
     if isinstance(choice, PerPassChoice) or choice.lowering.has_own_gradients(spec, inputs):
         return backend.differentiable(_Passes(spec, choice), inputs, kernel)
     forward = functools.partial(choice.lowering.forward, spec)
@@ -183,6 +183,15 @@ class _Passes:
         )
 
 
+def convolution_passes(spec: ConvSpec) -> backends.Passes:
+    """The three passes of the framework's own op for a workload, as values.
+
+    Args:
+        spec: the workload, in the backend's preferred layout.
+    """
+    return _Passes(spec, parse("native"))
+
+
 def _empty_output_shape(spec: ConvSpec, inputs: Any) -> tuple:
     """The shape of the outputs for a batch of 0; sizes as in `keras.ops.shape(inputs)`."""
     shape = list(keras.ops.shape(inputs))
@@ -192,6 +201,9 @@ def _empty_output_shape(spec: ConvSpec, inputs: Any) -> tuple:
     return tuple(shape)
 
 
-def _transpose(tensor: Any, data_format: str) -> Any:
+def to_format(images: Any, spec: ConvSpec, data_format: str) -> Any:
+    """`images`, which are in the layout of `spec`, in another one."""
+    if spec.data_format == data_format:
+        return images
     order = (0, 2, 3, 1) if data_format == "channels_last" else (0, 3, 1, 2)
-    return keras.ops.transpose(tensor, order)
+    return keras.ops.transpose(images, order)

@@ -63,3 +63,41 @@ def update(
         return
     for index, variable in enumerate(variables):
         variable.assign(function(index, variable.value, seed))
+
+
+def take(tensor: Any, indices: Any, axis: int) -> Any:
+    """What is at `indices` along `axis`; they are different, and all inside."""
+    return _BACKEND.take(tensor, indices, axis)
+
+
+def place_columns(values: Any, columns: Any, count: int) -> Any:
+    """A matrix of `count` columns: `values` at the indices `columns`, zeros elsewhere.
+
+    Args:
+        values: of shape (rows, k); `rows` is known when a program is compiled.
+        columns: integers, different and smaller than `count`, of shape (k,).
+        count: number of columns.
+    """
+    return _BACKEND.place_columns(values, columns, count)
+
+
+def largest(magnitudes: Any, k: int) -> Any:
+    """Which elements are among the k largest along the last axis, as booleans.
+
+    Of equal ones those with the lower indices are: exactly k are chosen.
+
+    Args:
+        magnitudes: numbers, none of them NaN.
+        k: not more than there are.
+    """
+    return _BACKEND.largest(magnitudes, k)
+
+
+def largest_columns(totals: Any, k: int) -> Any:
+    """Indices of the k largest numbers along the last axis; of equal ones, the lower.
+
+    Args:
+        totals: numbers, none of them NaN.
+        k: not more than there are.
+    """
+    return _BACKEND.largest_columns(totals, k)

@@ -109,7 +109,8 @@ class Config:
         "of the training, which changes what is computed: 'dorefa:W,A,G' has as many bits of "
         "weights, activations and gradients (32 is float), 'dorefa:7,8,32:limit=6' clips "
         "activations at 6; 'bc', 'sr', 'bigsr' and 'r' have weights of -1 and 1, "
-        "'sr:delta=0.125' multiples of 0.125. It is compared with the same lowering without it",
+        "'sr:delta=0.125' multiples of 0.125; 'meprop:k=30' or 'meprop:unified,k=30' has the 30 "
+        "largest elements of output gradients. It is compared with the same lowering without it",
     )
     compare: tuple[str, ...] = _setting(
         (),

@@ -100,7 +100,7 @@ class RunReport:
             rows.append({"variant": KERAS_DEFAULT, **self._times(KERAS_DEFAULT)})
         for variant in self.variants:
             # What a treatment changes is no difference of rounding.
-            differences = np.array([]) if self.has_bits else variant.loss_differences(first)
+            differences = np.array([]) if self.is_treated else variant.loss_differences(first)
             rows.append(
                 {
                     "variant": variant.name,
@@ -118,8 +118,13 @@ class RunReport:
         return rows
 
     @property
+    def is_treated(self) -> bool:
+        """Whether a treatment changed what a variant computes: no losses are compared then."""
+        return any(variant.is_treated for variant in self.variants)
+
+    @property
     def has_bits(self) -> bool:
-        """Whether a treatment changed what a variant computes."""
+        """Whether a variant computes with few bits."""
         return any(variant.bits != FLOAT for variant in self.variants)
 
     def _times(self, name: str) -> dict[str, float | None]:
@@ -191,8 +196,8 @@ class RunReport:
         """Of the table's columns."""
         top5 = ["top-5"] if self._has_top5 else []
         compared = [f"loss difference, first {EARLY_STEPS} steps", "loss difference, all steps"]
-        if self.has_bits:
-            compared = ["bits (W, A, G)"]
+        if self.is_treated:
+            compared = ["bits (W, A, G)"] if self.has_bits else []
         return [
             "variant",
             "median step (p10–p90)",
@@ -232,8 +237,8 @@ class RunReport:
         ]
 
     def _compared(self, row: dict[str, Any], is_first: bool) -> list[str]:
-        if self.has_bits:
-            return [bits_text(row.get("bits", FLOAT))]
+        if self.is_treated:
+            return [bits_text(row.get("bits", FLOAT))] if self.has_bits else []
         keys = ("early_loss_difference", "loss_difference")
         return [_text(None if is_first else row.get(key), "{:.2g}") for key in keys]
 
@@ -279,7 +284,7 @@ class RunReport:
                 + " Behind a ratio are the lowest and the highest of the turns. What a step takes "
                 "longer on the input pipeline, in the same turns, is the wait for input."
             )
-        if len(self.variants) > 1 and not self.has_bits:
+        if len(self.variants) > 1 and not self.is_treated:
             notes.append(_WHY_LOSSES_PART)
         if self.head:
             notes.append(f"Classifier: {self.head}.")
@@ -340,15 +345,21 @@ class RunReport:
 
     def about_bits(self) -> list[str]:
         """Lines on what treatments do, where there are any."""
-        if not self.has_bits:
+        if not self.is_treated:
             return []
-        return [
-            "Treatments change what is computed: their losses are not those of the first variant "
-            "with other rounding. Bits are of weights, activations and gradients; 32 is float.",
-            "",
-            "![Accuracy against bits](bits.png)",
+        lines = [
+            "Treatments change what is computed, in the model or its gradients: their losses are "
+            "not those of the first variant with other rounding.",
             "",
         ]
+        if self.has_bits:
+            lines += [
+                "Bits are of weights, activations and gradients; 32 is float.",
+                "",
+                "![Accuracy against bits](bits.png)",
+                "",
+            ]
+        return lines
 
 
 def environment(compiled: bool | None = None) -> dict[str, str]:

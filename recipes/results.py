@@ -32,6 +32,7 @@ class VariantResult:
         loss_steps: The steps of `losses`, from 1; by default each step has one.
         bits: Of weights, activations and gradients; 32 is float, None a grid
             without end.
+        is_treated: Whether a treatment changed what is computed.
     """
 
     name: str
@@ -43,6 +44,7 @@ class VariantResult:
     test_top5_accuracy: float | None = None
     loss_steps: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     bits: tuple[int | None, ...] = FLOAT
+    is_treated: bool = False
 
     def __post_init__(self) -> None:
         steps = self.loss_steps or tuple(range(1, len(self.losses) + 1))

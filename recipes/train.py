@@ -391,6 +391,7 @@ def train_variant(
         choice=choice,
         test_top5_accuracy=log.test_top5_accuracy,
         bits=variant.bits,
+        is_treated=variant.treatment is not None,
     )
     if is_first:
         result_file.parent.mkdir(exist_ok=True)

@@ -1,10 +1,12 @@
-"""What `--treatment` and `--compare` name: ways of training that change what is computed.
+"""What `--treatment` and `--compare` name: ways of training that are not exact.
 
     dorefa:W,A,G   DoReFa-Net (arXiv 1606.06160): bits of weights, activations and gradients
     bc             BinaryConnect, as arXiv 1706.02379 compares it: signs of float weights
     sr             its stochastic rounding: weights are on a grid after every update
     bigsr          the same, with updates of larger batches
     r              its deterministic rounding
+    meprop:k=K     minimal effort back-propagation (arXiv 1711.06528): of each output gradient
+                   the K largest elements; `meprop:unified,k=K` the same ones in all examples
 
 After the name come numbers, words and options, in any order, each after a colon or a comma:
 `dorefa:7,8,32:limit=6`, `sr:delta=0.125`. A treatment of a name of its own is one more entry
@@ -29,15 +31,14 @@ from diagconv_tf.lowbit import (
     BinaryConnect,
     Operands,
     StochasticRounding,
-    Treated,
-    TreatedLayer,
 )
 from diagconv_tf.lowbit.graph import layer_facts
 from diagconv_tf.lowbit.layers import kernels_of
 from diagconv_tf.lowbit.operands import FLOAT_BITS
 from diagconv_tf.lowbit.rounding import Grid
-from diagconv_tf.lowbit.treatment import Candidate
+from diagconv_tf.minimal_effort import MinimalEffort
 from diagconv_tf.model_tree import walk_layers
+from diagconv_tf.treatment import Candidate, Treated, TreatedLayer
 from recipes.config import Config, check_names
 
 #: The bits of what is not quantized: weights, activations, gradients.
@@ -48,7 +49,7 @@ _BIG_BATCH = 8
 
 
 class Treatment(abc.ABC):
-    """A way of training that changes what a model computes."""
+    """A way of training that changes what a model computes, or its gradients."""
 
     @property
     @abc.abstractmethod
@@ -105,7 +106,7 @@ class DoReFa(_Quantized):
 
 
 @dataclasses.dataclass(frozen=True)
-class SignedConvolutions(diagconv_tf.lowbit.Treatment):
+class SignedConvolutions(diagconv_tf.treatment.Treatment):
     """`BinaryConnect` for all convolutions but a last layer.
 
     (The paper quantizes the weights of convolutions alone, the first one included.)
@@ -209,6 +210,24 @@ class RoundedTraining(Treatment):
         return restore(model)
 
 
+@dataclasses.dataclass(frozen=True)
+class MinimalEffortTraining(Treatment):
+    """Gradients of few elements; what the trained model computes is what stock layers do.
+
+    Attributes:
+        minimal_effort: how many, where.
+    """
+
+    minimal_effort: MinimalEffort
+    bits = FLOAT
+
+    def apply(self, model: keras.Model) -> None:
+        rewrite(model, self.minimal_effort, in_place=True)
+
+    def finish(self, model: keras.Model) -> keras.Model:
+        return restore(model)
+
+
 @keras.saving.register_keras_serializable(package="diagconv_recipes")
 @dataclasses.dataclass(frozen=True)
 class KernelsAt:
@@ -299,6 +318,12 @@ class _Arguments:
     def all(self, name: str) -> tuple[str, ...]:
         return tuple(value for key, value in self.options if key == name)
 
+    def selection(self) -> dict[str, Any]:
+        """`skip`, `include` and `exclude`, where they are given; `skip=none` skips no layer."""
+        names = ("skip", "include", "exclude")
+        given = {name: self.all(name) for name in names if self.all(name)}
+        return given | ({"skip": ()} if given.get("skip") == ("none",) else {})
+
     def number(self, name: str, default: Any, kind: Callable[[str], Any] = float) -> Any:
         values = self.all(name)
         if not values:
@@ -322,11 +347,7 @@ def _dorefa(arguments: _Arguments) -> DoReFa:
             "Expected bits of weights, activations and gradients, as in 'dorefa:1,2,6' or "
             f"'dorefa:7,8,32:limit=6'. Received: {arguments.text}"
         ) from None
-    options: dict[str, Any] = {
-        name: arguments.all(name) for name in ("skip", "include", "exclude") if arguments.all(name)
-    }
-    if options.get("skip") == ("none",):
-        options["skip"] = ()
+    options: dict[str, Any] = arguments.selection()
     if signed := arguments.all("signed"):
         if len(signed) > 1 or signed[0] not in ("true", "false"):
             raise ValueError(f"Expected signed=true or signed=false. Received: {arguments.text}")
@@ -363,6 +384,23 @@ def _rounded(arguments: _Arguments, rounding: str, batches: int | None = None) -
     )
 
 
+def _meprop(arguments: _Arguments) -> MinimalEffortTraining:
+    arguments.check_names("k", "ratio", "skip", "include", "exclude")
+    if arguments.positional not in ((), ("unified",)):
+        raise ValueError(
+            "Expected 'meprop:k=30', 'meprop:ratio=0.05' or 'meprop:unified,k=30'. "
+            f"Received: {arguments.text}"
+        )
+    return MinimalEffortTraining(
+        MinimalEffort(
+            k=arguments.number("k", None, int),
+            ratio=arguments.number("ratio", None),
+            unified=bool(arguments.positional),
+            **arguments.selection(),
+        )
+    )
+
+
 #: Name → what makes the treatment of its arguments.
 TREATMENTS: Mapping[str, Callable[[_Arguments], Treatment]] = {
     "dorefa": _dorefa,
@@ -370,6 +408,7 @@ TREATMENTS: Mapping[str, Callable[[_Arguments], Treatment]] = {
     "sr": functools.partial(_rounded, rounding="stochastic"),
     "bigsr": functools.partial(_rounded, rounding="stochastic", batches=_BIG_BATCH),
     "r": functools.partial(_rounded, rounding="nearest"),
+    "meprop": _meprop,
 }
 
 

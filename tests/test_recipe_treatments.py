@@ -11,11 +11,18 @@ from absl import flags
 from diagconv_tf import LowBit, rewrite
 from diagconv_tf.lowbit import BinaryConnect, DoReFaWeights, StochasticRounding
 from diagconv_tf.lowbit.layers import operands_of
+from diagconv_tf.minimal_effort import MinimalEffort, TopK
 from recipes import data, dorefa_models, models, optimizers, train, treatments
 from recipes.bits_picture import bits_text
 from recipes.config import Config, config_from_flags, define_flags, load_config
 from recipes.recording import MetricsLog
-from recipes.treatments import BinaryConnectTraining, DoReFa, KernelsAt, RoundedTraining
+from recipes.treatments import (
+    BinaryConnectTraining,
+    DoReFa,
+    KernelsAt,
+    MinimalEffortTraining,
+    RoundedTraining,
+)
 from recipes.variants import Variant
 
 # These laws need no backend's own code: they are tested on one of them.
@@ -66,6 +73,12 @@ def rounded(rounding, batches=1, **grid):
             rounded("nearest", delta=0.125, offset=0.0625),
             (4, 32, 32),
         ),
+        ("meprop:k=30", MinimalEffortTraining(MinimalEffort(k=30)), (32, 32, 32)),
+        (
+            "meprop:unified,ratio=0.5:skip=none:include=a",
+            MinimalEffortTraining(MinimalEffort(ratio=0.5, unified=True, skip=(), include=("a",))),
+            (32, 32, 32),
+        ),
     ],
 )
 def test_the_text_of_a_treatment(text, expected, bits):
@@ -97,6 +110,8 @@ def test_the_text_of_a_treatment(text, expected, bits):
         ("sr:delta=0", "`delta` to be a positive number"),
         ("bigsr:batches=0", "`batches` of at least 1"),
         ("bigsr:batches=1.5", "one integer as `batches`"),
+        ("meprop:30", "'meprop:unified,k=30'. Received: meprop:30"),
+        ("meprop", "one of .*k.* and .*ratio"),
         ("dorfa:1,2,6", "Unknown treatment. Expected: dorefa. Received: dorfa"),
     ],
 )
@@ -130,6 +145,10 @@ def test_a_variant_has_a_lowering_and_a_treatment(text, lowering, treatment):
         (
             "--compare=stock,dorefa:8,8,8,dorefa:1,2,6",
             ("stock", "dorefa:8,8,8", "dorefa:1,2,6"),
+        ),
+        (
+            "--compare=stock,meprop:unified,k=30,meprop:k=5",
+            ("stock", "meprop:unified,k=30", "meprop:k=5"),
         ),
         (
             "--compare=dorefa:7,8,32:limit=6,stock,shifted+sr:delta=0.5,limit=1,r",
@@ -263,6 +282,17 @@ def test_updates_of_big_sr_have_more_batches_and_are_as_many():
     _, earlier, _ = trained("bigsr:batches=4", steps=4)
     assert np.array_equal(kernel(before, "dense"), kernel(earlier, "dense"))
     assert not np.array_equal(kernel(before, "dense"), kernel(model, "dense"))
+
+
+def test_minimal_effort_ends_in_the_weights_that_it_trained():
+    variant, model, images = trained("meprop:unified,k=2")
+    assert operands_of(model.get_layer("dense")).gradients == TopK(2, unified=True)
+    _, ordinary, _ = trained("stock")
+    assert not np.array_equal(kernel(ordinary, "first"), kernel(model, "first"))
+    finished = variant.finish(model)
+    assert type(finished.get_layer("dense")) is keras.layers.Dense
+    for a, b in zip(model.get_weights(), finished.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @one_backend

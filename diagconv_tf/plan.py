@@ -47,6 +47,9 @@ class Plan:
             one contest: `"stock"`, a lowering that all layers had, or
             `"per_layer"` (`"plan"` in format 1): each layer had the lowering
             that was fastest for it alone.
+        default_steps: where the training step was compiled in another way than
+            Keras does by itself: the chosen variant, and `"default"`, Keras's
+            own layers compiled as it does → times, in turn.
 
     Raises:
         ValueError: if a lowering is not known.
@@ -59,6 +62,7 @@ class Plan:
     batch_size: int | None = None
     workloads: tuple[Workload, ...] = ()
     steps: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
+    default_steps: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for lowering in (*self.lowerings.values(), *self.overrides.values()):
@@ -114,6 +118,8 @@ class Plan:
             "steps": {name: step.to_dict() for name, step in self.steps.items()},
             "workloads": [workload.to_dict() for workload in self.workloads],
         }
+        if self.default_steps:
+            fields["default_steps"] = {n: step.to_dict() for n, step in self.default_steps.items()}
         return to_readable_json(fields)
 
     def __rich__(self) -> Any:
@@ -145,7 +151,10 @@ class Plan:
                 reason=fields.get("reason", ""),
                 batch_size=fields.get("batch_size"),
                 workloads=tuple(map(Workload.from_dict, workloads)),
-                steps={k: Measured.from_dict(v) for k, v in fields.get("steps", {}).items()},
+                **{
+                    name: {k: Measured.from_dict(v) for k, v in fields.get(name, {}).items()}
+                    for name in ("steps", "default_steps")
+                },
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"Expected a plan as `Plan.save` writes it: {error}") from error

@@ -168,7 +168,7 @@ def freeze_backbone(model: keras.Model) -> None:
             f"Expected a model with a classifier, to freeze all else. Received: '{model.name}', "
             f"which ends in {type(model.layers[-1]).__name__} '{model.layers[-1].name}'"
         )
-    model.trainable = True
+    _train_all(model)
     for layer in keras_internals.flatten_layers(model, include_self=False):
         # A model with the classifier inside must stay trainable itself.
         if all(inner is not classifier for inner in keras_internals.flatten_layers(layer)):
@@ -186,10 +186,16 @@ def unfreeze(model: keras.Model) -> None:
     Args:
         model: any; it has to be compiled anew.
     """
-    model.trainable = True
+    _train_all(model)
     for layer in keras_internals.flatten_layers(model):
         if isinstance(layer, layers.BatchNormalization):
             layer.trainable = False
+
+
+def _train_all(model: keras.Model) -> None:
+    # Layer by layer: on TensorFlow a model built on layers of another does not pass it on.
+    for layer in keras_internals.flatten_layers(model):
+        layer.trainable = True
 
 
 @dataclasses.dataclass(frozen=True)

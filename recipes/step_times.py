@@ -214,7 +214,8 @@ def _preserved(model: keras.Model) -> Iterator[Callable[[], None]]:
     variables = list({id(v): v for v in (*model.variables, *model.optimizer.variables)}.values())
     # A copy: on CPUs the array may be the memory of the variable itself.
     before = [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
-    history, stopped = model.history, model.stop_training
+    # A model that was never trained has no history.
+    history, stopped = getattr(model, "history", None), model.stop_training
 
     def rewind() -> None:
         # On JAX also before each `fit`: Keras leaves weights and their moving averages

@@ -174,7 +174,14 @@ def run_recipe(
         steps = compare_steps(
             trained,
             functools.partial(default_model, config, images, distribution),
-            functools.partial(training_data, config, images, distribution, 0),
+            # More epochs, or a short training would have too few batches.
+            functools.partial(
+                training_data,
+                dataclasses.replace(config, epochs=config.epochs + 10),
+                images,
+                distribution,
+                0,
+            ),
             folder / "step_times.json",
             distribution.processes,
         )

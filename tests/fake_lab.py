@@ -36,6 +36,8 @@ class FakeLab:
         trained: `(name, variant)` in the order in which they were added.
         seconds: time that the measuring of one workload takes.
         first_step_seconds: time that a first step takes.
+        default: times of Keras's default, compiled in another way.
+        compared: `(name, variant, jit_compile)` of what was timed beside it.
     """
 
     def __init__(self, monkeypatch):
@@ -48,6 +50,8 @@ class FakeLab:
         self.trained = []
         self.seconds = 0.0
         self.first_step_seconds = 0.0
+        self.default = took(1.0)
+        self.compared = []
         lab = self
 
         def measure_alone(workload, names, conditions, clock):
@@ -65,6 +69,10 @@ class FakeLab:
                 lab.trained.append((name, dict(variant)))
                 self.first[name] = lab.step(name, variant)
                 return self.first[name]
+
+            def compare(self, name, variant, other, jit_compile):
+                lab.compared.append((name, dict(variant), jit_compile))
+                return {name: lab.step(name, variant), other: lab.default}
 
             def time(self, seconds):
                 return dict(self.first)

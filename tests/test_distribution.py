@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import socket
 import types
 
 import keras
@@ -18,6 +17,7 @@ from diagconv_tf.lowerings import why_not_sharded
 from diagconv_tf.measurements import Workload
 from diagconv_tf.tuning import keys
 from tests import forked
+from tests.addresses import held_address
 from tests.numerics import BACKEND
 
 SPEC = ConvSpec(batch=4, height=6, width=5, groups=16, padding="same")
@@ -217,9 +217,7 @@ def test_what_a_strategy_cannot_do_is_refused(found):
 @pytest.mark.slow
 @pytest.mark.backends("jax")
 def test_processes_get_the_plan_of_the_first():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = held_address()
     first, second = processes = [forked.start("tests.on_processes", address, i) for i in range(2)]
     try:
         first, second = _result(first), _result(second)

@@ -12,6 +12,7 @@ import pytest
 from diagconv_tf import Plan
 from recipes import config as config_module
 from recipes import data, models, optimizers, train
+from recipes.comparing import ComparedSteps
 from recipes.config import Config, config_names, load_config
 from recipes.distributing import Distribution
 from tests.mocked_tfds import mocked_set
@@ -25,6 +26,7 @@ IMAGENET, CIFAR, IMAGENETTE, DIGITS = 1_281_167, 50_000, 9_469, 1_437
 SETTINGS = {
     # Own settings: the accuracies in its docstring were measured with these.
     "digits_mobilenet_v1": {
+        "compare": ("stock", "diagonal:32", "auto"),
         "width_multiplier": 0.25,
         "augmentation": "crop",
         "batch_size": 32,
@@ -231,7 +233,6 @@ SETTINGS = {
     "finetune_folder": {
         "model": "model.keras",
         "dataset": "folder:images",
-        "image_size": 224,
         "augmentation": "inception",
         "lowering": "tune",
         "compare": ("tune",),
@@ -334,6 +335,7 @@ def test_configs_train(name, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "export_model", lambda *_: "")
     draw_nothing = lambda title, variants, path: pathlib.Path(path).touch()  # noqa: E731
     monkeypatch.setattr("recipes.report.draw_curves", draw_nothing)
+    monkeypatch.setattr(train, "compare_steps", lambda *_: ComparedSteps())
     small_networks(monkeypatch)
     # Tuning has tests of its own; here it would measure for a minute.
     monkeypatch.setattr("recipes.variants.tune", lambda model, _: Plan.of_model(model))

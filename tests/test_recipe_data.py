@@ -669,22 +669,23 @@ COLORS = {"cat": (255, 0, 0), "dog": (0, 0, 255)}
 
 
 def write_images(root, count=5, parts=("",)):
-    """`count` files of a class, of two formats and three suffixes."""
+    """`count` files of a class, of several formats and suffixes."""
+    suffixes = (".jpg", ".png", ".JPEG", ".webp", ".bmp", ".gif")
     for part, (class_name, color), number in itertools.product(parts, COLORS.items(), range(count)):
-        path = root / part / class_name / f"{number}{('.jpg', '.png', '.JPEG')[number % 3]}"
+        path = root / part / class_name / f"{number}{suffixes[number % len(suffixes)]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.new("RGB", (40, 50), color).save(path)
 
 
 @pytest.mark.parametrize("parts", [("",), ("train", "test"), ("train", "val")], ids=str)
-def test_folder_of_jpeg_and_png(tmp_path, parts):
-    write_images(tmp_path, parts=parts)
+def test_folder_of_images(tmp_path, parts):
+    write_images(tmp_path, count=6, parts=parts)
     (tmp_path / ".cache").mkdir()
     images = data.load(f"folder:{tmp_path}", image_size=48)
     assert images.class_names == ("cat", "dog")
     assert images.image_shape == (48, 48, 3)
     assert images.skipped_files == ()
-    assert (images.train.count, images.test.count) == ((8, 2) if parts == ("",) else (10, 10))
+    assert (images.train.count, images.test.count) == ((9, 3) if parts == ("",) else (12, 12))
     assert not set(images.train.paths) & set(images.test.paths)
     streams = batches(images, 4), data.evaluation_dataset(images, 4).as_numpy_iterator()
     for inputs, labels in itertools.chain(*streams):
@@ -701,7 +702,7 @@ def break_files(root):
         root / "cat" / "0.jpg": b"no image",
         root / "cat" / "1.png": whole_png[: len(whole_png) // 2],
         root / "dog" / "0.jpg": b"",
-        root / "dog" / "3.jpg": whole_jpeg[: len(whole_jpeg) // 2],
+        root / "dog" / "2.JPEG": whole_jpeg[: len(whole_jpeg) // 2],
     }
     for path, content in broken.items():
         path.write_bytes(content)
@@ -724,7 +725,7 @@ def test_corrupt_files_are_an_error_if_wanted(tmp_path):
     write_images(tmp_path)
     broken = break_files(tmp_path)
     with pytest.raises(
-        ValueError, match="^Expected JPEG or PNG .* 4 of 10 files.*decoded"
+        ValueError, match="^Expected images that can be decoded in .* 4 of 10 files"
     ) as error:
         data.load(f"folder:{tmp_path}", image_size=SIZE, corrupt_images="fail")
     assert all(path in str(error.value) for path in broken)
@@ -755,6 +756,11 @@ def empty_folder(root):
         path.unlink()
 
 
+def other_files(root):
+    empty_folder(root)
+    (root / "cat" / "notes.txt").touch()
+
+
 def corrupt_class(root):
     write_images(root)
     for path in (root / "cat").iterdir():
@@ -777,8 +783,9 @@ BAD_FOLDERS = {
     "one class": (lambda root: (root / "cat").mkdir(), "two or more classes.*Received: cat"),
     "empty class": (
         empty_folder,
-        r"\.jpg, \.jpeg, \.png\) in every class. Received: none in .*cat",
+        r"\.jpg, \.jpeg, \.png, \.bmp, \.gif, \.webp\) in every class. Received: none in .*cat$",
     ),
+    "other files": (other_files, "Received: none in .*cat, but 1 .txt$"),
     "corrupt class": (corrupt_class, "decoded in every class.*Received: none of cat"),
     "one image": (one_image_of_a_class, r"20% aside for the test. Received: \[1, 5\] images"),
     "unknown class": (unknown_class_in_test, "Expected the classes of .*train.*Received: cow"),

@@ -280,6 +280,11 @@ ELSEWHERE = {
         "test_recipe_distribution",
         "test_batch_norms_are_synchronized_under_a_strategy_alone",
     ),
+    "freeze": ("test_recipe_finetuning", "test_a_model_with_random_layers_is_trained_in_phases"),
+    "unfreeze_after": (
+        "test_recipe_finetuning",
+        "test_a_model_with_random_layers_is_trained_in_phases",
+    ),
     "overwrite": ("test_recipes", "test_results_are_not_overwritten_unasked"),
     "resume": ("test_recipes", "test_a_finished_run_that_is_resumed_is_not_trained_again"),
 }
@@ -332,6 +337,7 @@ def test_a_setting_changes_what_is_built_fed_or_optimised(field, plain, tmp_path
 
 
 def built(config):
+    config, _ = train.with_settings_of_model(config)
     images = data.load("synthetic", image_size=config.image_size)
     return train.build_model(config, images, Distribution())
 

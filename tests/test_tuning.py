@@ -160,6 +160,61 @@ def test_a_check_that_fails_is_no_proof(lab, run, monkeypatch):
     assert "cannot be checked: RuntimeError: out of luck" in plan.steps["shifted"].error
 
 
+# Keras's default, where the step is compiled in another way.
+
+
+DEFAULTS = {
+    "faster": (took(0.4), "takes 0.40 of this step: compile with jit_compile=False"),
+    "slower": (took(2.5), "takes 2.50 of this step"),
+    "equal": (took(0.99), "takes 0.99 of this step"),
+    "failed": (FAILED, ""),
+}
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_keras_default_is_timed_beside_the_choice(lab, run, name, monkeypatch):
+    lab.default, sentence = DEFAULTS[name]
+    lab.steps_by_name({STOCK: 3.0, "shifted": 1.0})
+    monkeypatch.setattr(
+        "diagconv_tf.keras_internals.resolve_jit_compile", lambda model: False
+    )  # As on a machine without a GPU.
+    model = model_zoo.skip_connections()
+    model.compile("sgd", "mse", jit_compile=True)
+    plan = run(model)
+    assert lab.compared == [("shifted", dict.fromkeys(PATHS, "shifted"), False)]
+    if sentence:
+        assert plan.reason.endswith(f". Keras's default, without XLA, {sentence}")
+    else:
+        assert "Keras's default" not in plan.reason
+    assert plan.default_steps == {"shifted": took(1.0, first=1.0), "default": lab.default}
+    assert Plan.from_json(plan.to_json()) == plan
+    # It is kept as the contest is, unless it failed.
+    assert run(model).reason == plan.reason
+    assert len(lab.compared) == (2 if name == "failed" else 1)
+    # Where stock is the default, there is nothing to time.
+    lab.compared.clear()
+    model.compile("sgd", "mse", jit_compile=False)
+    assert run(model).default_steps == {}
+    assert lab.compared == []
+
+
+@pytest.mark.backends("tensorflow")
+def test_keras_default_runs_without_xla_beside_the_choice():
+    model = model_zoo.skip_connections()
+    model.compile("sgd", "mse", jit_compile=True)
+    contest = Contest(model, 2)
+    contest.add(STOCK, {})
+    steps = contest.compare("shifted", dict.fromkeys(PATHS, "shifted"), "default", False)
+    assert set(steps) == {"shifted", "default"}
+    assert all(step.ok and step.count == 5 for step in steps.values())
+    # The contest is what it was.
+    assert set(contest.first) == {STOCK, "shifted"}
+    assert contest.model.jit_compile is True
+    _, function = contest._variants["default"]
+    assert function is not contest._variants["shifted"][1]
+
+
 # Layer by layer.
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from diagconv_tf.environment import Conditions
 from diagconv_tf.measurements import (
     EARLY_ROUNDS,
     ERROR_RATE,
@@ -72,6 +73,31 @@ def choose(steps: Mapping[str, Measured]) -> Choice:
         f"stock; the first {stock.first_seconds or 0:.1f} s and {best.first_seconds or 0:.1f} s"
     )
     return Choice(name, text) if winners else Choice(STOCK, f"{text}: {objections[name]}")
+
+
+def compare_with_default(chosen: Measured, default: Measured, conditions: Conditions) -> str:
+    """What Keras's default would take, where the training step is compiled in another way.
+
+    Args:
+        chosen: times of the chosen variant.
+        default: times of Keras's own layers, compiled as Keras does by itself, in
+            the same rounds.
+        conditions: of `chosen`.
+
+    Returns:
+        A sentence without its full stop; empty where one has no times.
+    """
+    if not (chosen.ok and default.ok):
+        return ""
+    compiler = "torch.compile" if conditions.backend == "torch" else "XLA"
+    how = f"{'without' if conditions.compiled else 'with'} {compiler}"
+    ratio = paired_ratio(default.samples, chosen.samples, ERROR_RATE).estimate
+    if ratio > 1 - LEAST_GAIN:
+        return f"Keras's default, {how}, takes {ratio:.2f} of this step"
+    return (
+        f"Keras's default, {how}, takes {ratio:.2f} of this step: compile with "
+        f"jit_compile={not conditions.compiled}"
+    )
 
 
 def _objection(ratio: Ratio, cost: float, stock: Measured) -> str:

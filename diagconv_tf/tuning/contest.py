@@ -45,6 +45,10 @@ ROUNDS_SECONDS = 8.0
 #: of it. (No GPU has been measured yet.)
 STEPS_ON_DEVICE = 5
 
+#: Rounds in which a variant is compared with Keras's default, compiled in another way.
+#: That difference is large, or does not matter.
+COMPARED_ROUNDS = 5
+
 #: Rate of the descent that an uncompiled model is tuned with.
 _LEARNING_RATE = 1e-3
 
@@ -97,6 +101,10 @@ def time_rounds(
         clock=clock,
     )
     return {n: measured(n, timings[n]) if n in timings else first[n] for n in functions}
+
+
+def _calls() -> int:
+    return 1 if Conditions.current().device_kind == "cpu" else STEPS_ON_DEVICE
 
 
 class TrainingSteps:
@@ -236,6 +244,44 @@ class Contest:
             self.first[name] = time_first_call(lambda: self._step(name), self._clock)
         return self.first[name]
 
+    def compare(
+        self, name: str, variant: Variant, other: str, jit_compile: bool
+    ) -> dict[str, Measured]:
+        """Times a variant, and stock compiled in another way, for a few steps in turn.
+
+        Args:
+            name: of the variant; it is compiled if it was not added.
+            variant: path → lowering.
+            other: the name of stock, compiled as `jit_compile` says.
+            jit_compile: as for `compile`.
+        """
+        if name not in self._variants:
+            self.add(name, variant)
+        former, self.model.jit_compile = self.model.jit_compile, jit_compile
+        try:
+            self.add(other, {})
+        finally:
+            self.model.jit_compile = former
+        first = {name: self.first[name], other: self.first.pop(other)}
+        running = [each for each in first if first[each].error is None]
+        if running:
+            self._steps.rewind()  # A first step may have failed.
+        timings = time_interleaved(
+            {each: functools.partial(self._step, each) for each in running},
+            rounds=COMPARED_ROUNDS,
+            warmup=0,
+            calls=_calls(),
+            first_calls=False,
+            on_error=self._steps.rewind,
+            clock=self._clock,
+        )
+        return {
+            each: Measured.from_timings(timings[each], first[each].first_seconds)
+            if each in timings
+            else first[each]
+            for each in first
+        }
+
     def time(self, seconds: float = ROUNDS_SECONDS) -> dict[str, Measured]:
         """Times the training steps of all variants that were added, in turn.
 
@@ -248,7 +294,7 @@ class Contest:
             {name: functools.partial(self._step, name) for name in self.first},
             self.first,
             seconds=seconds,
-            calls=1 if Conditions.current().device_kind == "cpu" else STEPS_ON_DEVICE,
+            calls=_calls(),
             clock=self._clock,
             on_error=self._steps.rewind,
         )

@@ -83,6 +83,22 @@ def of_contest(
     return {"what": "contest", **_plain(fields)}
 
 
+def of_default(
+    contest: Mapping[str, Any] | None, variant: Variant, jit_compile: bool
+) -> dict[str, Any] | None:
+    """The key of a variant's times beside those of Keras's default.
+
+    Args:
+        contest: the key of the contest in which the variant was chosen.
+        variant: path → lowering.
+        jit_compile: with which Keras compiles by default.
+    """
+    if contest is None:
+        return None
+    compared = {"variants": fingerprint(_plain(dict(variant))), "default": jit_compile}
+    return {**contest, **compared, "what": "default"}
+
+
 def _where(conditions: Conditions) -> dict[str, Any]:
     # One replica is measured: whether there are others does not matter.
     where = dataclasses.replace(conditions, num_replicas=1)

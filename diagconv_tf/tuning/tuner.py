@@ -44,6 +44,9 @@ from diagconv_tf.tuning.sample_batch import check_synthetic_inputs
 #: The variant in which each layer has the lowering that was fastest for it alone.
 PER_LAYER = "per_layer"
 
+#: Keras's own layers, compiled as Keras does by itself.
+DEFAULT = "default"
+
 #: A variant is tried if so many times stock's first step is left of the budget: for its
 #: own first step, and for the rounds.
 _FIRST_STEPS_RESERVED = 2.0
@@ -71,6 +74,10 @@ def tune(
     Nor can a variant win that computes wrong numbers: its workloads are
     compared with float64 (`tuning.checking`). It takes the compilation of stock
     and of each variant, and some seconds.
+
+    Where the training step is compiled in another way than Keras does by itself
+    (TensorFlow on a CPU with XLA, say), the chosen variant is timed beside Keras's
+    default for a few steps, and `reason` says which is faster.
 
     The model is not changed; a copy of it is trained, with its loss and its
     optimizer. A model that is not compiled is tuned with a mean of squares and
@@ -148,6 +155,7 @@ def tune(
             cache=Cache(cache_dir, refresh),
             clock=clock,
             deadline=float("inf") if budget_seconds is None else clock() + budget_seconds,
+            default_jit_compile=keras_internals.resolve_jit_compile(model),
             make_contest=lambda: Contest(model, per_replica_batch, data, jit_compile, rules, clock),
         )
         return dataclasses.replace(tuner.run(per_layer), batch_size=batch_size)
@@ -222,6 +230,7 @@ class _Tuner:
     cache: Cache
     clock: Callable[[], float]
     deadline: float
+    default_jit_compile: bool
     make_contest: Callable[[], Contest]
 
     def __post_init__(self) -> None:
@@ -242,15 +251,17 @@ class _Tuner:
                 if alone not in self.variants.values():
                     self.variants = {STOCK: {}, PER_LAYER: alone, **self.variants}
             steps = self._measure_steps()
-        choice = choosing.choose(steps)
+            choice = choosing.choose(steps)
+            reason, default_steps = self._reason(choice)
         chosen = self.variants[choice.name]
         wanted = {path: chosen.get(path, STOCK) for w in workloads for path in w.layers}
         plan = Plan(
             conditions=self.conditions,
             lowerings={w.spec: wanted[w.layers[0]] for w in reversed(workloads)},
-            reason=f"{choice.name}: {choice.reason}",
+            reason=reason,
             workloads=tuple(workloads),
             steps=steps,
+            default_steps=default_steps,
         )
         # Two classes of layers may have equal specs, and with open sizes several specs fit.
         overrides = {
@@ -295,11 +306,15 @@ class _Tuner:
             f"whose training step fails{on}: {contest.first[STOCK].error}"
         )
 
-    def _measure_steps(self) -> dict[str, Measured]:
-        """The times of whole training steps; what computes wrong numbers has an error."""
-        key = keys.of_contest(
+    @functools.cached_property
+    def _contest_key(self) -> dict[str, Any] | None:
+        return keys.of_contest(
             self.model, self.inspection, self.data, self.conditions, self.variants
         )
+
+    def _measure_steps(self) -> dict[str, Measured]:
+        """The times of whole training steps; what computes wrong numbers has an error."""
+        key = self._contest_key
         steps = self.cache.read(key)
         # With a budget, a contest with fewer variants is as good as can be had.
         if steps and (self.deadline < float("inf") or set(steps) == set(self.variants)):
@@ -318,6 +333,31 @@ class _Tuner:
             if not wrong:
                 break
             steps[name] = Measured.failed(wrong, steps[name].first_seconds)
+        self._keep(key, steps)
+        return steps
+
+    def _reason(self, choice: choosing.Choice) -> tuple[str, dict[str, Measured]]:
+        """Why, and the times of the choice beside Keras's default, if they were taken."""
+        steps = self._measure_default(choice.name)
+        beside = ""
+        if steps:
+            beside = choosing.compare_with_default(
+                steps[choice.name], steps[DEFAULT], self.conditions
+            )
+        return ". ".join(filter(None, (f"{choice.name}: {choice.reason}", beside))), steps
+
+    def _measure_default(self, name: str) -> dict[str, Measured]:
+        """The times of a variant and of Keras's default; empty where stock is the default."""
+        jit_compile = self.default_jit_compile
+        if jit_compile == self.conditions.compiled:
+            return {}
+        variant = self.variants[name]
+        key = keys.of_default(self._contest_key, variant, jit_compile)
+        steps = self.cache.read(key)
+        if steps or self.clock() >= self.deadline:
+            return steps
+        self.progress.update("tuning: Keras's default")
+        steps = self._contest.compare(name, variant, DEFAULT, jit_compile)
         self._keep(key, steps)
         return steps
 

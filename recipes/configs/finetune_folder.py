@@ -1,19 +1,19 @@
 """Training a model of one's own further, on a folder of images.
 
-Loads FILE.keras, replaces its last layer where the folder has another number of
+Loads FILE.keras, replaces its classifier where the folder has another number of
 classes, measures which lowering is the fastest here, trains, and leaves
 `model.keras` and a SavedModel in stock layers.
 
 Source:    a low learning rate with a cosine, as is usual for fine-tuning.
-Data:      JPEG and PNG files in DIR/CLASS/, or in DIR/train/CLASS/ and
-           DIR/test/CLASS/. `image_size` and `input_range` must be the model's:
-           MobileNets of keras.applications take 224 and 'symmetric',
-           EfficientNets 224 and 'bytes'.
+Data:      JPEG, PNG, BMP, GIF or WebP files in DIR/CLASS/, or in DIR/train/CLASS/ and
+           DIR/test/CLASS/. Image size and range of pixels are read from the model.
 Hardware:  a GPU, or patience.
 Time:      depends on the folder.
 Accuracy:  depends on the folder.
 
     python -m recipes.train --config=finetune_folder --model=FILE.keras --dataset=folder:DIR
+
+The classifier alone at first: --freeze=backbone --unfreeze_after=3.
 """
 
 from recipes.config import Config
@@ -25,7 +25,6 @@ def get_config() -> Config:
         name="finetune_folder",
         model="model.keras",
         dataset="folder:images",
-        image_size=224,
         augmentation="inception",
         lowering="tune",
         compare=("tune",),

@@ -55,7 +55,7 @@ def load(
             - `"synthetic"`, `"synthetic:COUNT"`: ten random patterns in noise,
               on the device, to time training steps alone: an epoch is nominally
               512, or COUNT, images, but it is the same batch at every step.
-            - `"folder:DIR"`: JPEG and PNG files in one folder per class. Where
+            - `"folder:DIR"`: image files in one folder per class. Where
               DIR has `train` and `test` (or `val`, `validation`), the classes
               are in these; else one fifth of each class is the test set.
             - else, an image classification set of TensorFlow Datasets, such as

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import pathlib
 from collections.abc import Sequence
 
@@ -13,14 +14,15 @@ from recipes.data.image_data import ImageData, stratified_split
 from recipes.data.pictures import cut, whole
 from recipes.data.sources import FileExamples
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+#: Of files that `tf.io.decode_image` decodes. It takes a palette in a BMP file for grey values.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 CORRUPT_IMAGES = ("skip", "fail", "unchecked")
 # How many of the files that cannot be decoded a message names.
 _NAMED = 5
 
 
 def load_folder(name: str, image_size: int, corrupt_images: str = "skip") -> ImageData:
-    """The JPEG and PNG files in one folder per class.
+    """The JPEG, PNG, BMP, GIF (first frame) and WebP files in one folder per class.
 
     Args:
         name: `"folder:DIR"`. Where DIR has `train` and `test` (or `val`,
@@ -95,7 +97,7 @@ def _without_corrupt(root, class_names, parts, *, fail):
     named = ", ".join(corrupt[:_NAMED]) + (", …" if len(corrupt) > _NAMED else "")
     if fail:
         raise ValueError(
-            f"Expected JPEG or PNG images in {root}. "
+            f"Expected images that can be decoded in {root}. "
             f"Received: {len(corrupt)} of {len(every)} files that cannot be decoded: {named}"
         )
     logging.warning(
@@ -135,12 +137,21 @@ def _find(root: pathlib.Path, class_names: Sequence[str]) -> tuple[list[str], np
     paths, labels = [], []
     for label, class_name in enumerate(class_names):
         folder = root / class_name
-        found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        there = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        found = sorted(str(p) for p in there if p.suffix.lower() in SUFFIXES)
+        others = collections.Counter(p.suffix.lower() for p in there)
+        kinds = ", ".join(
+            f"{count} {suffix or 'without suffix'}"
+            for suffix, count in sorted(others.items())
+            if suffix not in SUFFIXES
+        )
         if not found and folder.is_dir():
             raise ValueError(
                 f"Expected images ({', '.join(SUFFIXES)}) in every class. "
-                f"Received: none in {folder}"
+                f"Received: none in {folder}" + (f", but {kinds}" if kinds else "")
             )
+        if kinds:
+            logging.warning("Left out files in %s that are no %s: %s", folder, SUFFIXES, kinds)
         paths += found
         labels += [label] * len(found)
     return paths, np.array(labels, "int32")

@@ -383,11 +383,15 @@ def _flag_help(field: dataclasses.Field) -> str:
 
 
 def config_from_flags(config: Config, flag_values: flags.FlagValues = flags.FLAGS) -> Config:
-    """`config` with what was given on the command line in place of its own."""
+    """`config` with what was given on the command line in place of its own.
+
+    A lowering or a treatment that was given replaces what the config compares.
+    """
     names = (field.name for field in dataclasses.fields(Config))
-    return dataclasses.replace(
-        config, **{name: flag_values[name].value for name in names if flag_values[name].present}
-    )
+    given = {name: flag_values[name].value for name in names if flag_values[name].present}
+    if {"lowering", "treatment"} & given.keys():
+        given = {"compare": (), **given}
+    return dataclasses.replace(config, **given)
 
 
 def check_names(received: Iterable[str], known: Iterable[str], what: str) -> None:

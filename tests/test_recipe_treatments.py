@@ -166,6 +166,24 @@ def test_flags_name_variants(given, variants):
 
 
 @one_backend
+@pytest.mark.parametrize(
+    ("given", "variants"),
+    [
+        (["--treatment=bc"], ("stock", "bc")),
+        (["--lowering=dense"], ("stock", "dense")),
+        (["--lowering=dense", "--compare=stock,r"], ("stock", "r")),
+        (["--epochs=3"], ("stock", "shifted")),
+    ],
+)
+def test_what_is_given_replaces_what_a_config_compares(given, variants):
+    values = flags.FlagValues()
+    define_flags(values)
+    values(["train", *given])
+    config = Config(lowering="stock", compare=("stock", "shifted"))
+    assert config_from_flags(config, values).variants == variants
+
+
+@one_backend
 def test_a_treatment_is_compared_with_its_lowering():
     assert Config(lowering="stock", treatment="bc").variants == ("stock", "bc")
     # `compare` stands in place of both, as it does of `lowering` alone.

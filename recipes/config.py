@@ -170,7 +170,7 @@ class Config:
     decay_epochs: tuple[float, ...] = _setting(
         (30.0,),
         "of the schedule 'step', from the end of the warm-up: one number for every so many epochs, "
-        "or several, rising, for these epochs",
+        "or several, rising, for decays at these epochs",
         above=0,
     )
     warmup_fraction: float = _setting(

@@ -342,32 +342,39 @@ def built(config):
     return train.build_model(config, images, Distribution())
 
 
-@pytest.mark.parametrize(
-    ("network", "policy"),
-    [("mobilenet_v1", "mixed_bfloat16"), ("mobilenet_v2", "mixed_float16")],
-)
-def test_an_example_that_is_wrong_by_far_has_its_gradient_in_half_precision(network, policy):
+def with_bias(model, values):
+    """`model` with these logits, whatever the image."""
+    kernel, bias = model.trainable_variables[-2:]
+    kernel.assign(np.zeros(kernel.shape))
+    bias.assign(np.array(values))
+    return bias
+
+
+@pytest.mark.parametrize("network", ["mobilenet_v1", "mobilenet_v2"])
+def test_logits_are_of_single_precision_where_layers_are_of_half(network):
+    model = built(Config(model=network, width_multiplier=0.25, dtype_policy="mixed_bfloat16"))
+    values = [20.001, *[0.0] * 9]
+    with_bias(model, values)
+    logits = keras.ops.convert_to_numpy(model(np.zeros((1, SIZE, SIZE, 3), "float32")))
+    np.testing.assert_array_equal(logits, [np.array(values, "float32")])
+
+
+def test_an_example_that_is_wrong_by_far_has_its_gradient_in_half_precision():
     """Of cross-entropy and a softmax p it is p minus the label, for any logits."""
     config = Config(
-        model=network,
         width_multiplier=0.25,
-        dtype_policy=policy,
+        dtype_policy="mixed_bfloat16",
         learning_rate=1.0,
         momentum=0.0,
-        schedule="constant",
-        warmup_fraction=0.0,
+        **CONSTANT,
     )
     model = built(config)
     optimizers.compile_model(model, config, 10)
-    kernel, bias = model.trainable_variables[-2:]
-    kernel.assign(np.zeros(kernel.shape))
-    gap = 20.0
-    bias.assign(np.array([gap, *[0.0] * 9]))
-    before = keras.ops.convert_to_numpy(bias).copy()
+    before = [20.0, *[0.0] * 9]
+    bias = with_bias(model, before)
     model.train_on_batch(np.zeros((2, SIZE, SIZE, 3), "float32"), np.array([1, 1]))
     change = keras.ops.convert_to_numpy(bias) - before
     np.testing.assert_allclose(change, [-1, 1, *[0.0] * 8], atol=1e-5)
-    assert model.outputs[0].dtype == "float32"
 
 
 def test_probabilities_are_the_softmax_of_the_trained_logits():

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import PIL.Image
 import pytest
-from absl import flags
+from absl import app, flags
 from absl.testing import flagsaver
 
 from diagconv_tf import DiagonalwiseDepthwiseConv2D, Plan, files, rewrite
@@ -783,3 +783,45 @@ def test_flags_override_the_config(monkeypatch):
     )
     assert given == [expected]
     assert "epochs" in flags.FLAGS
+
+
+@one_backend
+def test_help_tells_defaults_choices_and_configs(capsys):
+    app.define_help_flags()
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+        config_module.parse_flags(["train", "--helpfull"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "--epochs: passes over the training images (default: 10)",
+        "one of auto, true, false (default: auto)",
+        "at these epochs (default: 30.0)",
+        "(default: false)",
+        *config_module.config_names(),
+    ):
+        assert part in text, part
+
+
+@one_backend
+def test_a_backend_that_is_none_is_one_line(monkeypatch, capsys):
+    def fail(name):
+        raise ValueError(f"Unable to import\n{name}")
+
+    monkeypatch.setattr(config_module.importlib, "import_module", fail)
+    monkeypatch.setattr(config_module, "silence_tensorflow_log", lambda: None)
+    with pytest.raises(SystemExit, match="1"):
+        config_module.import_quietly()
+    assert capsys.readouterr().err == "error: Unable to import keras\n"
+
+
+@one_backend
+@pytest.mark.parametrize(("terminal", "verbose"), [(True, 1), (False, 2)])
+def test_progress_bars_are_for_terminals(terminal, verbose, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        train, "run_recipe", lambda *_, **options: given.append(options) or pytest.skip()
+    )
+    monkeypatch.setattr(train.sys.stdout, "isatty", lambda: terminal, raising=False)
+    with flagsaver.flagsaver(), pytest.raises(pytest.skip.Exception):
+        train.main(config_module.parse_flags(["train"]))
+    assert given == [{"verbose": verbose}]

@@ -15,6 +15,7 @@ from diagconv_tf.minimal_effort import MinimalEffort, TopK
 from recipes import data, dorefa_models, models, optimizers, train, treatments
 from recipes.bits_picture import bits_text
 from recipes.config import Config, config_from_flags, define_flags, load_config
+from recipes.finetuning import load_start
 from recipes.recording import MetricsLog
 from recipes.treatments import (
     BinaryConnectTraining,
@@ -478,6 +479,16 @@ def test_what_is_saved_is_what_was_tested(run):
     assert len(np.unique(signs)) > 2
     assert len(np.unique(kernel(deployed, "conv_2"))) == 2
     np.testing.assert_array_equal(np.sign(kernel(deployed, "conv_2")), np.sign(signs))
+
+
+@one_worker
+def test_another_training_can_start_from_the_float_weights(run):
+    path = str(run.folder / "low_bit.keras")
+    low_bit = keras.saving.load_model(path)
+    start = load_start(path, (8, 8, 3), 10).model
+    layer = start.get_layer("conv_2")
+    assert type(layer) is keras.layers.Conv2D
+    np.testing.assert_array_equal(kernel(start, "conv_2"), kernel(low_bit, "conv_2"))
 
 
 def test_a_low_bit_run_goes_on_with_the_noise_that_it_would_have_had(run, tmp_path, monkeypatch):

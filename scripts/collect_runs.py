@@ -27,7 +27,10 @@ RUNS = flags.DEFINE_list("runs", None, "Folders of runs.", required=True)
 OUT = flags.DEFINE_string("out", None, "File to write, .json.")
 
 #: Settings in which the runs may differ.
-_OF_A_RUN = ("name", "seed", "output_dir", "overwrite", "resume", "data_dir", "download")
+_OF_A_RUN = (
+    *("name", "seed", "output_dir", "overwrite", "resume"),
+    *("data_dir", "download", "log_every", "checkpoint_epochs", "profile"),
+)
 
 
 def read_runs(folders: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -50,7 +53,9 @@ def read_runs(folders: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]
             f"Expected runs that differ in their seed, and in nothing else. Received: {folders}"
         )
     rows: list[dict[str, Any]] = []
-    for variants in zip(*(report["variants"] for report in reports), strict=True):
+    # Keras's default may have a row of its own, of step times alone.
+    trained = [[v for v in report["variants"] if "test_accuracy" in v] for report in reports]
+    for variants in zip(*trained, strict=True):
         accuracies = [round(100 * variant["test_accuracy"], 2) for variant in variants]
         rows.append(
             {

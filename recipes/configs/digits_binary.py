@@ -7,8 +7,9 @@ Source:    methods, Adam, learning rate 0.01, divided by 10 twice, and which wei
            epochs, so that all methods make the same number of updates.
 Data:      as `digits_lowbit`.
 Hardware:  2 CPU cores.
-Time:      TIME
-Accuracy:  ACCURACY
+Time:      JAX, all five variants: 1.5 minutes; 9 with much other work on the machine.
+Accuracy:  on the test images in percent, JAX, means of seeds 0, 1 and 2: float 99.35,
+           BC 98.61, Big SR 95.46, SR 95.28, R 82.96. One image is 0.28.
 
     python -m recipes.train --config=digits_binary
 """

@@ -5,8 +5,9 @@ Source:    settings of `digits_mobilenet_v1`; quantizers, arXiv 1606.06160. Acti
            Weights of 7 bits, because those of 8 (odd integers up to 255) are no 8-bit integers.
 Data:      as `digits_mobilenet_v1`.
 Hardware:  2 CPU cores.
-Time:      TIME
-Accuracy:  ACCURACY
+Time:      JAX, `shifted`, both variants: 2 minutes.
+Accuracy:  on the test images in percent, JAX, seeds 0, 1 and 2: float 98.06, 98.06, 97.50;
+           (7,8,32) 99.72, 97.78, 98.61.
 
 On JAX add `--compare=shifted,shifted+dorefa:7,8,32:limit=6`: without, depthwise layers are slow.
 

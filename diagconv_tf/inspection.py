@@ -18,7 +18,7 @@ from rich.table import Table
 from diagconv_tf import class_swap, flops, tracing
 from diagconv_tf.layers import layer_spec
 from diagconv_tf.lowbit.layers import kernels_of, operands_of
-from diagconv_tf.lowbit.operands import FLOAT_BITS, Operands
+from diagconv_tf.lowbit.operands import FLOAT_BITS, Operands, UnitOperand
 from diagconv_tf.model_tree import PlacedLayer, check_built, walk_layers
 from diagconv_tf.preserving import preserved_state
 from diagconv_tf.rules import DEFAULT_RULES, LOWERING, Rule, find_family
@@ -513,6 +513,18 @@ def _remarks(inspection: Inspection, images: int) -> Iterator[str]:
         )
 
 
+def _kinds(rows: Sequence[LowBitRow]) -> str:
+    """How many layers of which kinds there are."""
+    effort = [isinstance(row.operands.gradients, UnitOperand) for row in rows]
+    low_bit = sum(
+        dataclasses.replace(row.operands, gradients=None if few else row.operands.gradients)
+        != Operands()
+        for row, few in zip(rows, effort, strict=True)
+    )
+    kinds = {"low-bit": low_bit, "minimal-effort": sum(effort)}
+    return ", ".join(f"{count} {kind} layers" for kind, count in kinds.items() if count)
+
+
 def _low_bit_table(inspection: Inspection) -> Table:
     packed, stored = inspection.low_bit_bytes, inspection.float_bytes
     integer, total = inspection.integer_macs, inspection.total_flops
@@ -520,7 +532,7 @@ def _low_bit_table(inspection: Inspection) -> Table:
     if integer is not None and total:
         macs = f"{integer / 1e6:.2f} of {total / 2e6:.2f} M ({2 * integer / total:.1%})"
     table = Table(
-        title=f"{inspection.model_name}: {len(inspection.low_bit)} low-bit layers",
+        title=f"{inspection.model_name}: {_kinds(inspection.low_bit)}",
         title_justify="left",
         caption_justify="left",
         caption=f"Multiplications of integers: {macs}. Weights: {packed / 1e3:.1f} kB packed, "

@@ -281,6 +281,34 @@ def test_training_steps(tmp_path):
     assert [path.stem for path in tmp_path.glob("*.png")] == [f"training_float32_2{suffix}"]
 
 
+def test_minimal_effort(tmp_path):
+    code, output, errors = run(
+        "benchmark_minimal_effort.py",
+        "--units=16,32",
+        "--batch_size=4",
+        "--rounds=2",
+        "--max_step_units=16",
+        f"--out={tmp_path}/out.json",
+    )
+    assert code == 0, errors
+    results = json.loads((tmp_path / "out.json").read_text())
+    check_environment(results["environment"], "benchmark_minimal_effort.py")
+    rows = {(row["pass_name"], row["units"], row["form"]): row for row in results["rows"]}
+    forms = ("ordinary", "per example", "unified", "unified, compact", "zeros")
+    assert set(rows) == {
+        *itertools.product(("backward",), (16, 32), forms),
+        *itertools.product(("step",), (16, 32), forms[:3]),
+    }
+    for (pass_name, units, form), row in rows.items():
+        assert row["kept"] == (units if form == "ordinary" else units // 16)
+        if pass_name == "step" and units == 32:
+            check_failed(row, "at most 16 units")
+        else:
+            check_measured(row)
+            assert row["speed"] > 0
+    assert "unified, compact" in output
+
+
 @pytest.mark.backends("tensorflow")
 def test_what_is_compiled_is_compared_with_what_users_have(tmp_path):
     """On a CPU, Keras by itself does not compile."""

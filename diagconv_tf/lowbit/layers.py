@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import keras
+from absl import logging
 from keras import ops
 
 from diagconv_tf import backends as operations
@@ -120,6 +121,7 @@ class OperandLayer(_Mixin):
             return
         _refuse(self)
         super().build(input_shape)
+        say_if_ordinary(self)
 
     def get_config(self) -> dict[str, Any]:
         operands = keras.saving.serialize_keras_object(self.operands)
@@ -154,6 +156,18 @@ def _refuse(layer: keras.layers.Layer) -> None:
         raise ValueError(
             f"Expected a float layer to quantize. Received: layer '{layer.name}': "
             f"{'; '.join(reasons)}"
+        )
+
+
+def say_if_ordinary(layer: keras.layers.Layer) -> None:
+    """Logs that a layer which was just built drops none of its units."""
+    gradients, count = operands_of(layer).gradients, units.unit_count(layer)
+    if isinstance(gradients, UnitOperand) and count is not None and gradients.keeps(count) == count:
+        logging.warning(
+            "Layer '%s' has ordinary back-propagation: `%s` keeps all of its %d units.",
+            layer.name,
+            gradients,
+            count,
         )
 
 
@@ -252,7 +266,7 @@ def finish(
     return outputs if layer.activation is None else layer.activation(outputs)
 
 
-def multiply(product: units.FewUnits, inputs: Any, kernel: Any) -> Any:
+def multiply(product: operations.Passes, inputs: Any, kernel: Any) -> Any:
     """A product whose backward pass takes the units that all rows keep."""
     # A tensor, not a variable, which `tf.custom_gradient` refuses.
     kernel = ops.reshape(kernel, tuple(kernel.shape))

@@ -12,6 +12,7 @@ import math
 import string
 from typing import Any
 
+import keras
 from keras import ops
 
 from diagconv_tf.lowbit import backends
@@ -196,6 +197,25 @@ def _letters(equation: str, rank: int) -> tuple[str, str, str]:
         dots = "".join(free[: rank - len(inputs.replace("...", ""))])
         inputs, outputs = (part.replace("...", dots) for part in (inputs, outputs))
     return inputs, kernel, outputs
+
+
+def einsum_axes(layer: keras.layers.EinsumDense, rank: int | None = None) -> EinsumAxes | None:
+    """The axes of a layer's equation; None where it is no product of two matrices.
+
+    Args:
+        layer: the layer.
+        rank: of its inputs; None means one further axis where the equation has `...`.
+    """
+    inputs = layer.equation.replace(" ", "").split(",")[0]
+    return EinsumAxes.of(layer.equation, rank or len(inputs.replace("...", ".")))
+
+
+def unit_count(layer: keras.layers.Layer) -> int | None:
+    """The units of a built layer's product, or of each gate; None where it is no such layer."""
+    if isinstance(layer, keras.layers.EinsumDense):
+        axes = einsum_axes(layer)
+        return None if axes is None else axes.units_of(tuple(layer.kernel.shape)).count
+    return getattr(layer, "units", getattr(layer, "filters", None))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ class MinimalEffortEinsumDense(GradientLayer, keras.layers.EinsumDense):
     def call(self, inputs: Any, training: Any = None) -> Any:
         operands, noise = operands_of(self), noise_of(self)
         kernel = self.kernel
-        axes = units.EinsumAxes.of(self.equation, len(inputs.shape))
+        axes = units.einsum_axes(self, len(inputs.shape))
         layout = gradients = None
         if axes is not None:
             layout = axes.units_of(tuple(kernel.shape))
@@ -61,19 +61,6 @@ def _add_bias(layer: keras.layers.EinsumDense, outputs: Any) -> Any:
 def why_not_einsum(layer: keras.layers.EinsumDense) -> list[str]:
     """Every reason why the output gradient of a layer cannot go through an operand."""
     reasons = why_not_operands(layer)
-    if _axes(layer) is None:
+    if units.einsum_axes(layer) is None:
         reasons.append(f"'{layer.equation}' is no product of two matrices")
     return reasons
-
-
-def einsum_units(layer: keras.layers.EinsumDense) -> int:
-    """The units of a built layer that `why_not_einsum` does not refuse."""
-    axes = _axes(layer)
-    assert axes is not None
-    return axes.units_of(tuple(layer.kernel.shape)).count
-
-
-def _axes(layer: keras.layers.EinsumDense) -> units.EinsumAxes | None:
-    # `...` stands for any number of axes, which are rows: here for one.
-    rank = len(layer.equation.replace(" ", "").split(",")[0].replace("...", "."))
-    return units.EinsumAxes.of(layer.equation, rank)

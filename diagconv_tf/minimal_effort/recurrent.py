@@ -23,6 +23,7 @@ from diagconv_tf.lowbit.layers import (
     multiply,
     noise_of,
     operands_of,
+    say_if_ordinary,
     seed_for,
     why_not_operands,
 )
@@ -54,6 +55,7 @@ class _RecurrentLayer(GradientLayer):
     # Keras reads these names.
     def build(self, sequences_shape: Any, initial_state_shape: Any = None) -> None:
         keras.layers.RNN.build(self, sequences_shape, initial_state_shape)
+        say_if_ordinary(self)
 
     def inner_loop(
         self, sequences: Any, initial_state: Any, mask: Any, training: Any = False

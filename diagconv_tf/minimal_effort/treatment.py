@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar
 
 import keras
 
 from diagconv_tf.lowbit.layers import operands_of
 from diagconv_tf.lowbit.operands import UnitOperand
-from diagconv_tf.minimal_effort.layers import einsum_units
+from diagconv_tf.lowbit.units import unit_count
 from diagconv_tf.minimal_effort.operands import TopK, check_choice
 from diagconv_tf.model_tree import PlacedLayer
 from diagconv_tf.treatment import LAST, Facts, SelectiveTreatment, TreatedLayer
+
+#: Units from which unified products made the backward pass of a dense layer faster, of the
+#: sizes that were measured: 128 rows, a sixteenth of the units, CPUs, TensorFlow and JAX
+#: (scripts/benchmark_minimal_effort.py).
+PAYS_FROM = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +67,7 @@ class MinimalEffort(SelectiveTreatment):
 
     def __post_init__(self) -> None:
         check_choice(self.k, self.ratio)
-        self._check_selection()
+        self.check_selection()
 
     @property
     def _operand(self) -> TopK:
@@ -76,13 +82,22 @@ class MinimalEffort(SelectiveTreatment):
         name = type(layer).__name__
         if reasons := _why_not(layer):
             return TreatedLayer(place.path, name, None, tuple(reasons))
-        count = units_of(layer)
+        count = unit_count(layer)
+        assert count is not None  # Else there are reasons.
         kept = operand.keeps(count)
         if kept == count:
             reason = f"ordinary back-propagation: it would keep all of its {count} units"
             return TreatedLayer(place.path, name, None, (reason,))
         operands = dataclasses.replace(operands_of(layer), gradients=operand)
-        return TreatedLayer(place.path, name, operands, (f"keeps {kept} of {count} units",))
+        why = (f"keeps {kept} of {count} units",)
+        return TreatedLayer(place.path, name, operands, why, tuple(self._costs(count)))
+
+    def _costs(self, count: int) -> Iterator[str]:
+        """What the report says of layers whose backward pass does not become faster."""
+        if not self.unified:
+            yield "has a slower backward pass: whole products, and a choice in each row"
+        elif count < PAYS_FROM:
+            yield f"has no faster backward pass, with fewer than {PAYS_FROM} units"
 
 
 def _why_not(layer: keras.layers.Layer) -> list[str]:
@@ -93,11 +108,3 @@ def _why_not(layer: keras.layers.Layer) -> list[str]:
     if before is not None and not isinstance(before, UnitOperand):
         reasons.append(f"its output gradient goes through {before} already")
     return reasons
-
-
-def units_of(layer: keras.layers.Layer) -> int:
-    """The units of a layer's product, or of each of its gates."""
-    for name in ("units", "filters"):
-        if (count := getattr(layer, name, None)) is not None:
-            return count
-    return einsum_units(layer)

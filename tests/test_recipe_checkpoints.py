@@ -357,8 +357,8 @@ def test_losses_of_groups_go_on_within_a_group(tmp_path):
 
     whole = losses("whole")
     assert list(whole) == [4, 5, 8, 10, 12, 15]
-    before = losses("broken", signal_at=7)
-    assert list(before) == [4, 5]
+    before = losses("broken", signal_at=13)
+    assert list(before) == [4, 5, 8, 10, 12]
     assert losses("broken", before=before) == whole
     # What a group has is the mean of its steps.
     each = losses("each", log_every=1)

@@ -325,6 +325,8 @@ def test_saved_models_load_and_give_equal_outputs(run):
     images = data.load("synthetic", image_size=32)
     batch, _ = next(iter(data.evaluation_dataset(images, 4)))
     outputs = keras.ops.convert_to_numpy(model(batch, training=False))
+    # Probabilities, where the training was on logits.
+    np.testing.assert_allclose(outputs.sum(axis=1), 1, rtol=1e-5)
     # It is the trained model: its batch norms have moved.
     start = train.build_model(run.config, images, Distribution())
     assert any(

@@ -120,7 +120,7 @@ class SelectiveTreatment(Treatment):
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
 
-    def _check_selection(self) -> None:
+    def check_selection(self) -> None:
         """Makes tuples of the three attributes.
 
         Raises:

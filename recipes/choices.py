@@ -45,5 +45,7 @@ def chose_stock(variant: Variant, model: keras.Model) -> bool:
         variant: which made `model` compute in its way.
         model: built.
     """
+    if variant.treatment is not None:
+        return False
     chooses = variant.lowering in (AUTO, TUNE) or isinstance(variant.lowering, Plan)
     return chooses and all(row.lowering == STOCK for row in inspect_as_built(model).rows)

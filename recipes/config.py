@@ -12,11 +12,12 @@ import difflib
 import importlib
 import json
 import pathlib
+import re
 import runpy
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -26,7 +27,7 @@ from diagconv_cli.quiet import silence_tensorflow_log
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 #: Networks that the recipes build; another `model` is a file.
-BUILT_IN = ("mobilenet_v1", "mobilenet_v2")
+BUILT_IN = ("mobilenet_v1", "mobilenet_v2", "small_cnn", "svhn_cnn", "alexnet")
 MODEL_FILES = (".keras", ".h5")
 
 #: Settings of these networks; a model from a file has its own.
@@ -61,8 +62,9 @@ class Config:
     name: str = _setting("experiment", "names the folder of the results")
     model: str = _setting(
         "mobilenet_v1",
-        "the network: 'mobilenet_v1', 'mobilenet_v2', or the path of a .keras or .h5 file to "
-        "train further; its classifier is replaced where the number of classes is another",
+        "the network: 'mobilenet_v1', 'mobilenet_v2', 'small_cnn' (four convolutions), 'svhn_cnn' "
+        "and 'alexnet' (DoReFa-Net's), or the path of a .keras or .h5 file to train further; its "
+        "classifier is replaced where the number of classes is another",
     )
     freeze: str = _setting(
         "none",
@@ -77,7 +79,9 @@ class Config:
         least=1,
     )
     stem: str = _setting(
-        "cifar", "strides for small images or for large ones", choices=("cifar", "imagenet")
+        "cifar",
+        "of MobileNets: strides for small images or for large ones",
+        choices=("cifar", "imagenet"),
     )
     width_multiplier: float = _setting(1.0, "factor of the number of filters", above=0)
     dropout: float = _setting(0.0, "rate before the classifier", least=0, below=1)
@@ -100,10 +104,20 @@ class Config:
         "…; 'tune' measures which is the fastest here; the path of a plan as JSON file; or as JSON "
         'one per pass: \'{"forward": …, "input_gradient": …, "kernel_gradient": …}\'',
     )
+    treatment: str = _setting(
+        "",
+        "of the training, which changes what is computed: 'dorefa:W,A,G' has as many bits of "
+        "weights, activations and gradients (32 is float), 'dorefa:7,8,32:limit=6' clips "
+        "activations at 6; 'bc', 'sr', 'bigsr' and 'r' have weights of -1 and 1, "
+        "'sr:delta=0.125' multiples of 0.125; 'meprop:k=30' or 'meprop:unified,k=30' has the 30 "
+        "largest elements of output gradients. It is compared with the same lowering without it",
+    )
     compare: tuple[str, ...] = _setting(
         (),
-        "lowerings to train one after another from the same start, in place of --lowering and "
-        "stock. The last one's model is saved",
+        "lowerings and treatments to train one after another from the same start, in place of "
+        "--lowering, --treatment and stock: 'stock,shifted', 'stock,dorefa:8,8,8,dorefa:1,2,6', "
+        "'shifted,shifted+dorefa:1,2,6'. A number, or NAME=VALUE, after a comma belongs to what "
+        "is before it. The last one's model is saved",
     )
 
     dataset: str = _setting(
@@ -114,8 +128,8 @@ class Config:
     image_size: int | None = _setting(
         None,
         "height and width in pixels; by default that of a model from a file, 224 where it takes "
-        "any, and 32 for the networks of the recipes",
-        least=32,
+        "any, and 32 for the networks of the recipes, of which MobileNets take no fewer",
+        least=8,
     )
     augmentation: str = _setting(
         "none",
@@ -140,7 +154,11 @@ class Config:
     batch_size: int = _setting(64, "images in a step", least=1)
     epochs: int = _setting(10, "passes over the training images", least=1)
     max_steps: int | None = _setting(None, "end after so many steps, for a trial", least=1)
-    optimizer: str = _setting("sgd", "with Nesterov momentum, or not", choices=("sgd", "rmsprop"))
+    optimizer: str = _setting(
+        "sgd",
+        "'sgd' has Nesterov momentum, the others have not",
+        choices=("sgd", "rmsprop", "adam"),
+    )
     learning_rate: float = _setting(0.1, "the highest, at the end of the warm-up", above=0)
     schedule: str = _setting(
         "cosine",
@@ -158,9 +176,9 @@ class Config:
     warmup_fraction: float = _setting(
         0.1, "of all steps, in which the learning rate rises", least=0, below=1
     )
-    momentum: float = _setting(0.9, "of the optimizer", least=0, below=1)
+    momentum: float = _setting(0.9, "of the optimizer; Adam's beta_1", least=0, below=1)
     rho: float = _setting(0.9, "of RMSprop: decay of the mean of squares", least=0, below=1)
-    epsilon: float = _setting(1e-7, "of RMSprop, under the root", above=0)
+    epsilon: float = _setting(1e-7, "of RMSprop, under the root; of Adam, beside it", above=0)
     weight_decay: float = _setting(
         0.0, "decoupled, times the learning rate; not on biases and batch norms", least=0
     )
@@ -226,6 +244,7 @@ class Config:
         for field in dataclasses.fields(self):
             value = _checked(field, hints[field.name], getattr(self, field.name))
             object.__setattr__(self, field.name, value)
+        object.__setattr__(self, "compare", _entries(self.compare))
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(
                 "Expected config key `name` to be a plain folder name. "
@@ -248,6 +267,11 @@ class Config:
                 f"Expected the defaults of {', '.join(changed)}: they are of models that the "
                 f"recipes build, and do not change one from a file. Received: model={self.model!r} "
                 f"with {', '.join(f'{name}={getattr(self, name)!r}' for name in changed)}"
+            )
+        if self.model in BUILT_IN and "mobilenet" not in self.model and self.stem != "cifar":
+            raise ValueError(
+                f"Expected `stem` with a MobileNet only. Received: model={self.model!r} with "
+                f"stem={self.stem!r}"
             )
         if self.freeze != "none" and self.model in BUILT_IN:
             raise ValueError(
@@ -272,13 +296,19 @@ class Config:
         repeated = {name for name in self.variants if self.variants.count(name) > 1}
         if repeated:
             raise ValueError(
-                f"Expected different lowerings in `compare`. Received: {', '.join(self.variants)}"
+                f"Expected different variants in `compare`. Received: {', '.join(self.variants)}"
             )
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The lowerings to train, in order; `"stock"` for Keras's own layers."""
-        return self.compare or tuple(dict.fromkeys(("stock", self.lowering)))
+        """What to train, in order; `"stock"` for Keras's own layers."""
+        if self.compare:
+            return self.compare
+        if self.treatment:
+            is_stock = self.lowering == "stock"
+            treated = self.treatment if is_stock else f"{self.lowering}+{self.treatment}"
+            return (self.lowering, treated)
+        return tuple(dict.fromkeys(("stock", self.lowering)))
 
     def to_json(self) -> str:
         """The settings as an indented JSON object."""
@@ -288,6 +318,20 @@ class Config:
 def config_names() -> list[str]:
     """The files in `recipes/configs`, without `.py`."""
     return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+
+
+def _entries(pieces: Sequence[str]) -> tuple[str, ...]:
+    """What a list that was split at its commas had: treatments have commas, too.
+
+    A piece that is a number, or `NAME=VALUE`, belongs to the one before.
+    """
+    entries: list[str] = []
+    for piece in pieces:
+        if entries and re.fullmatch(r"\d+(:.*)?|\w+=.*", piece):
+            entries[-1] += f",{piece}"
+        else:
+            entries.append(piece)
+    return tuple(entries)
 
 
 def load_config(name_or_path: str) -> Config:
@@ -339,11 +383,15 @@ def _flag_help(field: dataclasses.Field) -> str:
 
 
 def config_from_flags(config: Config, flag_values: flags.FlagValues = flags.FLAGS) -> Config:
-    """`config` with what was given on the command line in place of its own."""
+    """`config` with what was given on the command line in place of its own.
+
+    A lowering or a treatment that was given replaces what the config compares.
+    """
     names = (field.name for field in dataclasses.fields(Config))
-    return dataclasses.replace(
-        config, **{name: flag_values[name].value for name in names if flag_values[name].present}
-    )
+    given = {name: flag_values[name].value for name in names if flag_values[name].present}
+    if {"lowering", "treatment"} & given.keys():
+        given = {"compare": (), **given}
+    return dataclasses.replace(config, **given)
 
 
 def check_names(received: Iterable[str], known: Iterable[str], what: str) -> None:

@@ -352,6 +352,7 @@ def _check(
     stem: str,
     dropout: float,
     classifier_activation: str | None,
+    minimum_size: int = MINIMUM_SIZE,
 ) -> None:
     data_format = keras.config.image_data_format()
     order = "(channels, height, width)" if _channel_axis() == 1 else "(height, width, channels)"
@@ -362,9 +363,9 @@ def _check(
             f"Expected `input_shape` to be three positive integers {order}. "
             f"Received: input_shape={shape}"
         )
-    if min(size) < MINIMUM_SIZE:
+    if min(size) < minimum_size:
         raise ValueError(
-            f"Expected height and width of at least {MINIMUM_SIZE} in `input_shape` "
+            f"Expected height and width of at least {minimum_size} in `input_shape` "
             f"{order} ({data_format}). Received: input_shape={shape}"
         )
     if not isinstance(classes, int) or classes < 1:
@@ -385,3 +386,62 @@ def _check(
             f"Expected `classifier_activation` to be one of {ACTIVATIONS}. "
             f"Received: classifier_activation={classifier_activation!r}"
         )
+
+
+def small_cnn(
+    input_shape: Sequence[int],
+    classes: int,
+    *,
+    width_multiplier: float = 1.0,
+    dropout: float = 0.0,
+    batch_norm_momentum: float = 0.9,
+    classifier_activation: str | None = "softmax",
+    name: str = "small_cnn",
+) -> keras.Model:
+    """Four 3x3 convolutions, of 32, 32, 64 and 64 filters: a network for small trials.
+
+    After the second and the fourth the size is halved. Each has a batch normalization and a
+    ReLU, and no bias. The design is the recipes' own.
+
+    Args:
+        input_shape: As of `mobilenet_v1`; height and width at least 4.
+        classes: Number of classes, at least 1.
+        width_multiplier: Factor of the numbers of filters, which are rounded down.
+        dropout: Rate before the classifier, in [0, 1); 0 makes no layer.
+        batch_norm_momentum: Of the moving averages.
+        classifier_activation: As of `mobilenet_v1`.
+        name: Of the model.
+
+    Returns:
+        An uncompiled functional model, (batch, *input_shape) → (batch, classes)
+        probabilities or logits, as `mobilenet_v1`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    _check(
+        input_shape,
+        classes,
+        width_multiplier,
+        "cifar",
+        dropout,
+        classifier_activation,
+        minimum_size=4,
+    )
+    build = _Builder(None, batch_norm_momentum)
+    inputs = x = layers.Input(shape=tuple(input_shape))
+    for number, filters in enumerate((32, 32, 64, 64), start=1):
+        filters = _v1_filters(filters, width_multiplier)
+        x = layers.Conv2D(filters, 3, padding="same", use_bias=False, name=f"conv_{number}")(x)
+        x = build.batch_norm(x, f"conv_{number}_bn")
+        x = layers.ReLU(name=f"conv_{number}_relu")(x)
+        if number % 2 == 0:
+            x = layers.MaxPooling2D(name=f"pool_{number}")(x)
+    x = layers.GlobalAveragePooling2D(name="global_average_pooling2d")(x)
+    if dropout:
+        x = layers.Dropout(dropout, name="dropout")(x)
+    dtype = _at_least_float32(keras.config.dtype_policy().compute_dtype)
+    outputs = layers.Dense(
+        classes, activation=classifier_activation, name="predictions", dtype=dtype
+    )(x)
+    return keras.Model(inputs, outputs, name=name)

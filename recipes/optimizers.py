@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -15,13 +15,21 @@ from recipes.config import Config
 TOP5_ACCURACY = "top5_accuracy"
 
 
-def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> None:
+def compile_model(
+    model: keras.Model,
+    config: Config,
+    steps_per_epoch: int,
+    wrap: Callable[[keras.Optimizer, keras.Model], keras.Optimizer] | None = None,
+) -> None:
     """Compiles `model`, which gives logits, as `config` says.
 
-    With `label_smoothing` the labels must be one-hot, else class numbers.
+    With `label_smoothing` the labels must be one-hot, else class numbers. `wrap` makes
+    another optimizer of the optimizer and the model.
     """
     spared = () if config.decay_depthwise else _depthwise_kernels(model)
     optimizer = make_optimizer(config, steps_per_epoch, spared)
+    if wrap is not None:
+        optimizer = wrap(optimizer, model)
     if config.label_smoothing:
         loss = keras.losses.CategoricalCrossentropy(
             from_logits=True, label_smoothing=config.label_smoothing
@@ -45,10 +53,10 @@ def compile_model(model: keras.Model, config: Config, steps_per_epoch: int) -> N
 def make_optimizer(
     config: Config, steps_per_epoch: int, spared: Sequence[keras.Variable] = ()
 ) -> keras.Optimizer:
-    """SGD with Nesterov momentum, or RMSprop, with weight decay on kernels only.
+    """SGD with Nesterov momentum, RMSprop or Adam, with weight decay on kernels only.
 
     A step is a batch; the weights are updated every `gradient_accumulation` of
-    them, and the learning rate counts updates.
+    them.
 
     Args:
         config: The settings.
@@ -57,7 +65,6 @@ def make_optimizer(
     """
     arguments: dict[str, Any] = {
         "learning_rate": learning_rate(config, steps_per_epoch),
-        "momentum": config.momentum,
         "weight_decay": config.weight_decay or None,
     }
     if config.gradient_accumulation > 1:
@@ -65,9 +72,15 @@ def make_optimizer(
     if config.ema_momentum:
         arguments |= {"use_ema": True, "ema_momentum": average_momentum(config)}
     if config.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(nesterov=True, **arguments)
+        optimizer = keras.optimizers.SGD(momentum=config.momentum, nesterov=True, **arguments)
+    elif config.optimizer == "rmsprop":
+        optimizer = keras.optimizers.RMSprop(
+            rho=config.rho, momentum=config.momentum, epsilon=config.epsilon, **arguments
+        )
     else:
-        optimizer = keras.optimizers.RMSprop(rho=config.rho, epsilon=config.epsilon, **arguments)
+        optimizer = keras.optimizers.Adam(
+            beta_1=config.momentum, epsilon=config.epsilon, **arguments
+        )
     if config.weight_decay:
         optimizer.exclude_from_weight_decay(
             var_list=list(spared), var_names=["bias", "gamma", "beta"]
@@ -97,15 +110,17 @@ def average_momentum(config: Config) -> float:
 def learning_rate(
     config: Config, steps_per_epoch: int
 ) -> keras.optimizers.schedules.LearningRateSchedule | float:
-    """The learning rate at each update: a linear warm-up, then `config.schedule`."""
-    updates_per_epoch = steps_per_epoch / config.gradient_accumulation
-    updates = max(1, int(config.epochs * updates_per_epoch))
-    warmup = int(config.warmup_fraction * updates)
+    """The learning rate at each step: a linear warm-up, then `config.schedule`.
+
+    With gradient accumulation, too, Keras asks for the rate of a step, not of an update.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = int(config.warmup_fraction * total)
     schedules = keras.optimizers.schedules
     if config.schedule == "cosine":
-        after: Any = schedules.CosineDecay(config.learning_rate, max(1, updates - warmup))
+        after: Any = schedules.CosineDecay(config.learning_rate, max(1, total - warmup))
     elif config.schedule == "step":
-        steps = [max(1, round(epochs * updates_per_epoch)) for epochs in config.decay_epochs]
+        steps = [max(1, round(epochs * steps_per_epoch)) for epochs in config.decay_epochs]
         if len(steps) == 1:
             after = schedules.ExponentialDecay(
                 config.learning_rate, steps[0], config.decay_rate, staircase=True

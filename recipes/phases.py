@@ -48,7 +48,8 @@ def phases_of(config: Config) -> tuple[Phase, ...]:
 
 def set_steps_done(optimizer: keras.Optimizer, steps: int) -> None:
     """Lets a new optimizer's learning rate go on after so many batches."""
-    # A `LossScaleOptimizer` wraps the one that counts. With gradient accumulation,
-    # `iterations` is computed from the variable, which counts batches.
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    # A `LossScaleOptimizer`, and one that rounds, wrap the one that counts. With gradient
+    # accumulation, `iterations` is computed from the variable, which counts batches.
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
     optimizer.variables[0].assign(steps)

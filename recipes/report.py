@@ -10,8 +10,12 @@
       report.md        tables and picture, to be read
       report.json      the numbers of the table
       curves.png       loss curves and step times
+      bits.png         accuracy against bits, where variants are treatments
       step_times.json  those times: all variants and Keras's default, in turn
-      model.keras      the last variant, trained, in stock layers; not compiled
+      model.keras      the last variant, trained, in stock layers; not compiled.
+                       Of a low-bit one, the deployed model
+      low_bit.keras    of a low-bit one, the model with its float weights, to
+                       be trained on
       class_names.json the names of its outputs, in their order
       saved_model/     the same for serving (TensorFlow only)
       tensorboard/     events, a folder for each variant (TensorFlow only)
@@ -39,11 +43,13 @@ import rich.table
 
 import diagconv_tf
 from diagconv_tf import Conditions, files
+from recipes.bits_picture import bits_text, draw_bits
 from recipes.comparing import KERAS_DEFAULT, ComparedSteps
 from recipes.config import BUILT_IN, Config
 from recipes.curves import draw_curves
 from recipes.results import VariantResult
 from recipes.step_times import STEPS, Comparison, StepTimes
+from recipes.treatments import FLOAT
 
 # In the first steps only rounding tells two exact variants apart; later every
 # training, also one repeated in another order of summation, goes its own way.
@@ -93,7 +99,8 @@ class RunReport:
         if KERAS_DEFAULT in self.steps.times:
             rows.append({"variant": KERAS_DEFAULT, **self._times(KERAS_DEFAULT)})
         for variant in self.variants:
-            differences = variant.loss_differences(first)
+            # What a treatment changes is no difference of rounding.
+            differences = np.array([]) if self.is_treated else variant.loss_differences(first)
             rows.append(
                 {
                     "variant": variant.name,
@@ -104,10 +111,21 @@ class RunReport:
                     "loss_difference": _largest(differences),
                     "early_loss_difference": _largest(differences[:EARLY_STEPS]),
                     "choice": variant.choice,
+                    "bits": list(variant.bits),
                     "in_training": dataclasses.asdict(variant.steps),
                 }
             )
         return rows
+
+    @property
+    def is_treated(self) -> bool:
+        """Whether a treatment changed what a variant computes: no losses are compared then."""
+        return any(variant.is_treated for variant in self.variants)
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether a variant computes with few bits."""
+        return any(variant.bits != FLOAT for variant in self.variants)
 
     def _times(self, name: str) -> dict[str, float | None]:
         times = self.steps.times.get(name)
@@ -127,7 +145,7 @@ class RunReport:
         }
 
     def write(self) -> None:
-        """Writes `report.json`, `curves.png` and `report.md`."""
+        """Writes `report.json`, `curves.png`, `report.md`, and perhaps `bits.png`."""
         content = {
             "environment": self.environment,
             "variants": self.rows(),
@@ -143,6 +161,11 @@ class RunReport:
             self.folder / "curves.png",
             lambda path: draw_curves(self.picture_title(), self._drawn(), path),
         )
+        if self.has_bits:
+            files.write_aside(
+                self.folder / "bits.png",
+                lambda path: draw_bits(self.picture_title(), self.variants, path),
+            )
         files.write_text(self.folder / "report.md", self.to_markdown())
 
     def _drawn(self) -> tuple[VariantResult, ...]:
@@ -172,6 +195,9 @@ class RunReport:
     def headings(self) -> list[str]:
         """Of the table's columns."""
         top5 = ["top-5"] if self._has_top5 else []
+        compared = [f"loss difference, first {EARLY_STEPS} steps", "loss difference, all steps"]
+        if self.is_treated:
+            compared = ["bits (W, A, G)"] if self.has_bits else []
         return [
             "variant",
             "median step (p10–p90)",
@@ -181,8 +207,7 @@ class RunReport:
             "waits for input",
             "test accuracy",
             *top5,
-            f"loss difference, first {EARLY_STEPS} steps",
-            "loss difference, all steps",
+            *compared,
         ]
 
     @property
@@ -206,13 +231,16 @@ class RunReport:
                     if self._has_top5
                     else []
                 ),
-                *(
-                    _text(None if row["variant"] == first else row.get(key), "{:.2g}")
-                    for key in ("early_loss_difference", "loss_difference")
-                ),
+                *self._compared(row, row["variant"] == first),
             ]
             for row in self.rows()
         ]
+
+    def _compared(self, row: dict[str, Any], is_first: bool) -> list[str]:
+        if self.is_treated:
+            return [bits_text(row.get("bits", FLOAT))] if self.has_bits else []
+        keys = ("early_loss_difference", "loss_difference")
+        return [_text(None if is_first else row.get(key), "{:.2g}") for key in keys]
 
     def print(self, console: rich.console.Console | None = None) -> None:
         """Prints the table. Where the output is no terminal it is not cut off."""
@@ -256,7 +284,7 @@ class RunReport:
                 + " Behind a ratio are the lowest and the highest of the turns. What a step takes "
                 "longer on the input pipeline, in the same turns, is the wait for input."
             )
-        if len(self.variants) > 1:
+        if len(self.variants) > 1 and not self.is_treated:
             notes.append(_WHY_LOSSES_PART)
         if self.head:
             notes.append(f"Classifier: {self.head}.")
@@ -282,12 +310,13 @@ class RunReport:
             "",
             "![Loss curves and step times](curves.png)",
             "",
+            *self.about_bits(),
         ]
         lines += [line for choice in self.choices() for line in (choice, "")]
         lines += [line for text in self.notes() for line in (text, "")]
         if self.restored_accuracy is not None:
             lines += [
-                f"In stock layers again, {self.variants[-1].name} has a test accuracy of "
+                f"{self.ending()}, {self.variants[-1].name} has a test accuracy of "
                 f"{100 * self.restored_accuracy:.2f} %: `model.keras`.",
                 "",
             ]
@@ -307,6 +336,30 @@ class RunReport:
             if getattr(config, field.name) != field.default
         ]
         return "\n".join([*lines, "Settings other than the defaults:", "", *changed])
+
+    def ending(self) -> str:
+        """What was done with the last variant's model."""
+        if self.variants[-1].bits == FLOAT:
+            return "In stock layers again"
+        return "With the weights that it multiplies"
+
+    def about_bits(self) -> list[str]:
+        """Lines on what treatments do, where there are any."""
+        if not self.is_treated:
+            return []
+        lines = [
+            "Treatments change what is computed, in the model or its gradients: their losses are "
+            "not those of the first variant with other rounding.",
+            "",
+        ]
+        if self.has_bits:
+            lines += [
+                "Bits are of weights, activations and gradients; 32 is float.",
+                "",
+                "![Accuracy against bits](bits.png)",
+                "",
+            ]
+        return lines
 
 
 def environment(compiled: bool | None = None) -> dict[str, str]:

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from diagconv_tf.step_timer import StepSummary
+from recipes.treatments import FLOAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class VariantResult:
     """How one variant was trained.
 
     Args:
-        name: Its lowering, `"stock"`, `"tune"` or a plan.
+        name: Its lowering, `"stock"`, `"tune"` or a plan, and its treatment.
         losses: Training losses: of a step (mean over the batch), or means of
             the steps since the one before.
         test_accuracies: After each epoch, in [0, 1]; NaN where it was lost.
@@ -29,6 +30,9 @@ class VariantResult:
         test_top5_accuracy: After the last epoch: how often the right class is
             among the five most probable; None for five classes or fewer.
         loss_steps: The steps of `losses`, from 1; by default each step has one.
+        bits: Of weights, activations and gradients; 32 is float, None a grid
+            without end.
+        is_treated: Whether a treatment changed what is computed.
     """
 
     name: str
@@ -39,6 +43,8 @@ class VariantResult:
     choice: str = ""
     test_top5_accuracy: float | None = None
     loss_steps: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    bits: tuple[int | None, ...] = FLOAT
+    is_treated: bool = False
 
     def __post_init__(self) -> None:
         steps = self.loss_steps or tuple(range(1, len(self.losses) + 1))

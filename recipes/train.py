@@ -29,10 +29,10 @@ if __name__ == "__main__":  # Before any other module imports a framework.
 import keras
 from absl import app, flags, logging
 
-from diagconv_tf import StepTimer, export, files, inspect_model, restore
+from diagconv_tf import StepTimer, export, files, inspect_model
 from diagconv_tf.text import summarize_error
 from recipes import config as config_module
-from recipes import data, models, processes
+from recipes import data, dorefa_models, models, processes
 from recipes.averaging import (
     SwapAverages,
     average_statistics,
@@ -188,8 +188,8 @@ def run_recipe(
         # Not before the steps have been timed: they would be compiled again.
         for each in trained:
             stop_averaging(each.model)
-        # The last variant, in stock layers again.
-        restored = restore(model)
+        # The last variant, in stock layers again wherever that computes the same.
+        restored = variants[-1].finish(model)
         test = evaluation_data(config, images, distribution)
         accuracy = restored.evaluate(test, return_dict=True, verbose=0)["accuracy"]
         # As users expect it of a classifier.
@@ -207,6 +207,9 @@ def run_recipe(
     )
     if distribution.is_first:
         files.write_aside(folder / "model.keras", without_training_state(restored).save)
+        if variants[-1].keeps_float_weights:
+            low_bit = without_training_state(models.with_probabilities(model))
+            files.write_aside(folder / "low_bit.keras", low_bit.save)
         files.write_text(
             folder / "class_names.json", json.dumps(images.class_names, ensure_ascii=False)
         )
@@ -284,6 +287,7 @@ def train_variant(
             processes have different plans or checkpoints.
     """
     others, is_first = distribution.processes, distribution.is_first
+    config = variant.settings(config)
     steps_per_epoch = data.steps_per_epoch(images, config.batch_size)
     steps = config.epochs * steps_per_epoch
     if config.max_steps is not None:
@@ -303,7 +307,7 @@ def train_variant(
         average_statistics(model, average_momentum(config))
     # Most of the training is the last phase: lowerings are chosen for that.
     phases[-1].prepare(model)
-    compile_model(model, config, steps_per_epoch)
+    compile_model(model, config, steps_per_epoch, variant.wrap)
     plan = variant.apply(model, config)
     if plan is not None and is_first:
         (folder / "plans").mkdir(exist_ok=True)
@@ -319,7 +323,7 @@ def train_variant(
         )
     if phases[present] != phases[-1]:
         phases[present].prepare(model)
-        compile_model(model, config, steps_per_epoch)
+        compile_model(model, config, steps_per_epoch, variant.wrap)
     # The same dropout for all: on PyTorch it has no generator of its own.
     keras.utils.set_random_seed(config.seed)
     try:
@@ -360,7 +364,7 @@ def train_variant(
                 if steps <= first_step:
                     break
                 phase.prepare(model)
-                compile_model(model, config, steps_per_epoch)
+                compile_model(model, config, steps_per_epoch, variant.wrap)
                 set_steps_done(model.optimizer, first_step)
                 start = Checkpoint(first_step, phase.first_epoch, log.state())
             # The timer comes first, so that it does not time the others.
@@ -393,6 +397,8 @@ def train_variant(
         step_seconds=thinned(timer.timings.samples),
         choice=choice,
         test_top5_accuracy=log.test_top5_accuracy,
+        bits=variant.bits,
+        is_treated=variant.treatment is not None,
     )
     if is_first:
         result_file.parent.mkdir(exist_ok=True)
@@ -481,7 +487,14 @@ def make_start(config: Config, images: data.ImageData, distribution: Distributio
 
 
 def _built_in(config: Config, images: data.ImageData) -> keras.Model:
-    build = {"mobilenet_v1": models.mobilenet_v1, "mobilenet_v2": models.mobilenet_v2}
+    build = {
+        "mobilenet_v1": models.mobilenet_v1,
+        "mobilenet_v2": models.mobilenet_v2,
+        "small_cnn": models.small_cnn,
+        "svhn_cnn": dorefa_models.svhn_cnn,
+        "alexnet": dorefa_models.alexnet,
+    }
+    stem = {"stem": config.stem} if "mobilenet" in config.model else {}
     former_policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(config.dtype_policy)
     try:
@@ -489,7 +502,7 @@ def _built_in(config: Config, images: data.ImageData) -> keras.Model:
             images.image_shape,
             images.classes,
             width_multiplier=config.width_multiplier,
-            stem=config.stem,
+            **stem,
             dropout=config.dropout,
             batch_norm_momentum=config.batch_norm_momentum,
             classifier_activation=None,

@@ -1,4 +1,7 @@
-"""What `--lowering` and `--compare` name: stock, a lowering, `auto`, `tune`, or a plan's file."""
+"""What `--lowering` and `--compare` name: stock, a lowering, `auto`, `tune`, or a plan's file.
+
+And what these are trained with, where it changes what is computed: treatments.py.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ import re
 import keras
 from absl import logging
 
-from diagconv_tf import Plan, rewrite, tune
+from diagconv_tf import Plan, restore, rewrite, tune
 from diagconv_tf.auto import parse_or_auto
 from diagconv_tf.lowerings import LoweringLike
+from recipes import treatments
 from recipes.config import Config
+from recipes.treatments import Treatment
 
 STOCK = "stock"
 TUNE = "tune"
@@ -21,23 +26,33 @@ TUNE = "tune"
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to compute the depthwise layers of the network.
+    """One way to compute the depthwise layers of the network, and to train it.
 
     Attributes:
         name: as it was given.
         lowering: `"stock"`, `"auto"`, `"tune"`, a lowering or a plan.
+        treatment: what changes the training; None for nothing.
     """
 
     name: str
     lowering: LoweringLike | Plan
+    treatment: Treatment | None = None
 
     @classmethod
     def parse(cls, name: str) -> Variant:
-        """The variant that `--lowering=name` means.
+        """The variant that an entry of `--compare` means.
 
         Raises:
-            ValueError: if it is no lowering, and no file with a plan.
+            ValueError: if it is no lowering, no file with a plan and no treatment.
         """
+        lowering, treatment = treatments.split(name)
+        parsed = cls._parse_lowering(lowering)
+        if not treatment:
+            return parsed
+        return cls(name, parsed.lowering, treatments.parse(treatment))
+
+    @classmethod
+    def _parse_lowering(cls, name: str) -> Variant:
         if name in (STOCK, TUNE):
             return cls(name, name)
         if name.endswith(".json"):
@@ -55,7 +70,31 @@ class Variant:
     @property
     def file_name(self) -> str:
         """The name without the characters that file systems dislike."""
-        return re.sub(r"[^\w.]+", "-", pathlib.Path(self.name).stem or self.name).strip("-")
+        # A treatment's numbers have decimal points.
+        stem = "" if self.treatment else pathlib.Path(self.name).stem
+        return re.sub(r"[^\w.]+", "-", stem or self.name).strip("-")
+
+    @property
+    def bits(self) -> tuple[int | None, int, int]:
+        """Bits of weights, activations and gradients; 32 is float."""
+        return self.treatment.bits if self.treatment else treatments.FLOAT
+
+    @property
+    def keeps_float_weights(self) -> bool:
+        """Whether `finish` leaves out weights with which the training could go on."""
+        return self.treatment is not None and self.treatment.keeps_float_weights
+
+    def settings(self, config: Config) -> Config:
+        """The settings with which this variant is trained."""
+        return self.treatment.settings(config) if self.treatment else config
+
+    def wrap(self, optimizer: keras.Optimizer, model: keras.Model) -> keras.Optimizer:
+        """The optimizer with which this variant trains `model`, a stock model."""
+        return self.treatment.wrap(optimizer, model) if self.treatment else optimizer
+
+    def finish(self, model: keras.Model) -> keras.Model:
+        """A copy of the trained `model`, for inference: stock layers wherever they can be."""
+        return self.treatment.finish(model) if self.treatment else restore(model)
 
     def apply(self, model: keras.Model, config: Config) -> Plan | None:
         """Makes `model`, which is stock and compiled, compute in this way.
@@ -63,10 +102,16 @@ class Variant:
         Returns:
             The plan that was followed; None where there was none.
         """
-        if self.name == STOCK:
+        plan = self._rewrite(model, config)
+        if self.treatment is not None:
+            self.treatment.apply(model)
+        return plan
+
+    def _rewrite(self, model: keras.Model, config: Config) -> Plan | None:
+        if self.lowering == STOCK:
             return None
         lowering = self.lowering
-        if self.name == TUNE:
+        if lowering == TUNE:
             # The measurements are cached: a second run does not measure again.
             lowering = tune(model, config.batch_size)
             logging.info("%s", lowering)

@@ -339,6 +339,69 @@ def write_plan(folder):
     return folder / "{model}.json"
 
 
+def test_layers_of_bits(tmp_path):
+    code, output, errors = run(
+        "benchmark_bits.py",
+        "--shapes=5x4x33_k3_f3,40_u3",
+        "--bits=1/2,4/4",
+        "--batch_size=2",
+        "--jit_compile=auto,true" if BACKEND == "tensorflow" else "--jit_compile=auto",
+        "--rounds=2",
+        f"--out={tmp_path}/out.json",
+    )
+    assert code == 0, errors
+    results = json.loads((tmp_path / "out.json").read_text())
+    check_environment(results["environment"], "benchmark_bits.py")
+    layers = {"auto": ("default", "1/2", "4/4"), "true": ("default", "float", "1/2", "4/4")}
+    found = [(row["shape"], row["jit_compile"], row["layer"]) for row in results["rows"]]
+    assert found == [
+        (shape, jit_compile, layer)
+        for jit_compile in (("auto", "true") if BACKEND == "tensorflow" else ("auto",))
+        for shape in ("5x4x33_k3_f3", "40_u3")
+        for layer in layers[jit_compile]
+    ]
+    for row in results["rows"]:
+        assert row["error"] is None
+        check_measured(row)
+        taps, inputs = (9, 33) if "k3" in row["shape"] else (1, 40)
+        if "/" in row["layer"]:
+            assert row["relative_error"] < 1e-5
+            # Two words of 32 channels for each bit; the sums and a scale.
+            bits = int(row["layer"][0])
+            assert row["kernel_bytes"] == taps * 3 * (2 * bits + 1) * 4 + 4
+        else:
+            assert row["kernel_bytes"] == taps * inputs * 3 * 4
+    assert "4/4" in output
+
+
+def test_runs_of_several_seeds_are_collected(tmp_path):
+    for seed, accuracies in enumerate(((0.5, 0.25), (1.0, 0.875))):
+        folder = tmp_path / f"run_{seed}"
+        folder.mkdir()
+        settings = {"name": folder.name, "seed": seed, "epochs": 3}
+        (folder / "config.json").write_text(json.dumps(settings))
+        variants = [
+            {"variant": name, "test_accuracy": accuracy, "bits": [bits, 32, 32]}
+            for name, accuracy, bits in zip(("stock", "r"), accuracies, (32, 1), strict=True)
+        ]
+        report = {"environment": {"keras": "Keras"}, "variants": variants}
+        (folder / "report.json").write_text(json.dumps(report))
+    runs = f"--runs={tmp_path}/run_0,{tmp_path}/run_1"
+    code, output, errors = run("collect_runs.py", runs, f"--out={tmp_path}/out.json")
+    assert code == 0, errors
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["environment"]["seeds"] == [0, 1]
+    assert results["environment"]["settings"] == {"epochs": 3}
+    first, second = results["rows"]
+    assert (first["test_accuracies"], first["mean"]) == ([50.0, 100.0], 75.0)
+    assert (second["mean"], second["over_first"]) == (56.25, -18.75)
+    assert "-18.75" in output
+    (tmp_path / "run_1" / "config.json").write_text(json.dumps({**settings, "epochs": 4}))
+    code, output, errors = run("collect_runs.py", runs)
+    assert code == 1
+    assert "differ in their seed, and in nothing else" in output + errors
+
+
 def test_mistakes_are_refused_at_once():
     code, output, errors = run("benchmark_training.py", "--variants=tuned")
     assert code == 1

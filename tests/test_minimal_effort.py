@@ -596,6 +596,15 @@ def test_random_elements_need_a_source_of_noise(float_model):
     assert noise_of(rewrite(model, MinimalEffort(4)).get_layer("dense")) is None
 
 
+@pytest.mark.backends("tensorflow")
+def test_a_recurrent_layer_at_the_end_is_exempt():
+    """Its kernels are its cell's."""
+    model = keras.Sequential([keras.Input((3, 4)), layers.Dense(5), layers.LSTM(6)])
+    found = preview(model, MinimalEffort(2)).layers
+    assert [layer.operands is None for layer in found] == [False, True]
+    assert found[1].reasons == ("the graph's last layer",)
+
+
 #: name: (build a model, treatment, words of the error)
 REFUSED = {
     "no graph": (

@@ -140,6 +140,95 @@ SETTINGS = {
         "label_smoothing": 0.1,
         "ema_momentum": 0.9999,
     },
+    # tensorpack, examples/DoReFa-Net/svhn-digit-dorefa.py: "Resize((40, 40))", "image / 256.0",
+    # "BatchData(data_train, 128)", "learning_rate=1e-3", "decay_steps=4721 * 100",
+    # "decay_rate=0.5", "staircase=True", "AdamOptimizer(lr, epsilon=1e-5)", "max_epoch=200",
+    # "dropout(0.5".
+    "svhn_dorefa": {
+        "model": "svhn_cnn",
+        "lowering": "stock",
+        "compare": ("stock", "dorefa:1,2,4", "dorefa:1,1,4"),
+        "dataset": "svhn_cropped",
+        "image_size": 40,
+        "input_range": "unit",
+        "dropout": 0.5,
+        "batch_size": 128,
+        "epochs": 200,
+        "optimizer": "adam",
+        "learning_rate": 1e-3,
+        "schedule": "step",
+        "decay_rate": 0.5,
+        "decay_epochs": (100.0,),
+        "warmup_fraction": 0.0,
+        "epsilon": 1e-5,
+    },
+    # The same, alexnet-dorefa.py: Adam of rate 2e-4, 4e-5 from epoch 60 and 8e-6 from 75, 90
+    # epochs, batch 256, "epsilon=1e-5", "image / 255.0".
+    "imagenet_dorefa_alexnet": {
+        "model": "alexnet",
+        "lowering": "stock",
+        "compare": ("stock", "dorefa:8,8,8", "dorefa:1,2,6"),
+        "dataset": "imagenet2012",
+        "image_size": 224,
+        "input_range": "unit",
+        "augmentation": "inception",
+        "batch_size": 256,
+        "epochs": 90,
+        "optimizer": "adam",
+        "learning_rate": 2e-4,
+        "schedule": "step",
+        "decay_rate": 4e-5 / 2e-4,
+        "decay_epochs": (60.0, 75.0),
+        "warmup_fraction": 0.0,
+        "epsilon": 1e-5,
+    },
+    # Adam's epsilon as above. The others are our own.
+    "digits_lowbit": {
+        "model": "small_cnn",
+        "lowering": "stock",
+        "compare": (
+            "stock",
+            *("dorefa:8,8,8", "dorefa:4,4,8", "dorefa:2,2,6"),
+            *("dorefa:1,2,32", "dorefa:1,2,6", "dorefa:1,2,4"),
+            *("dorefa:1,1,32", "dorefa:1,1,4"),
+        ),
+        "image_size": 8,
+        "input_range": "unit",
+        "epochs": 30,
+        "optimizer": "adam",
+        "learning_rate": 3e-3,
+        "warmup_fraction": 0.0,
+        "epsilon": 1e-5,
+    },
+    # arXiv 1706.02379, section 6: Adam, rate 0.01, divided by 10 twice. The others are our own.
+    "digits_binary": {
+        "model": "small_cnn",
+        "width_multiplier": 0.25,
+        "lowering": "stock",
+        "compare": ("stock", "bc", "bigsr", "sr", "r"),
+        "image_size": 8,
+        "input_range": "unit",
+        "epochs": 40,
+        "optimizer": "adam",
+        "learning_rate": 0.01,
+        "schedule": "step",
+        "decay_rate": 1 / 10,
+        "decay_epochs": (20.0, 30.0),
+        "warmup_fraction": 0.0,
+    },
+    # Those of digits_mobilenet_v1.
+    "digits_lowbit_mobilenet_v1": {
+        "width_multiplier": 0.25,
+        "lowering": "stock",
+        "treatment": "dorefa:7,8,32:limit=6",
+        "augmentation": "crop",
+        "batch_size": 32,
+        "epochs": 12,
+        "learning_rate": 0.05,
+        "warmup_fraction": 0.2,
+        "weight_decay": 1e-3,
+        "log_every": 1,
+    },
     # Own settings, for networks and images of the user.
     "finetune_folder": {
         "model": "model.keras",
@@ -153,7 +242,7 @@ SETTINGS = {
     },
 }
 
-#: Config → training images, and learning rates at updates, in the source's numbers.
+#: Config → training images, and learning rates at steps, in the source's numbers.
 RATES = {
     "digits_mobilenet_v1": (DIGITS, {105: 0.05, 527: 0.0}),
     "cifar10_mobilenet_v1": (CIFAR, {0: 0.1, 100 * 390: 0.05, 200 * 390: 0.0}),
@@ -164,10 +253,15 @@ RATES = {
         | {160 * 390: 0.0008, 200 * 390 - 1: 0.0008},
     ),
     "imagenette_mobilenet_v2": (IMAGENETTE, {588: 0.1, 80 * 147: 0.0}),
-    # 312.75 updates of 8 batches an epoch.
+    # 2502 batches an epoch, of which eight make an update.
     "imagenet_mobilenet_v1": (
         IMAGENET,
-        {0: 0.256 / 1563, 1562: 0.256, 1563 + 779: 0.256, 1563 + 790: 0.256 * 0.94},
+        {0: 0.256 / 12_510, 12_509: 0.256, 12_510 + 6_250: 0.256, 12_510 + 6_260: 0.256 * 0.94},
+    ),
+    # 5004 batches an epoch.
+    "imagenet_dorefa_alexnet": (
+        IMAGENET,
+        {0: 2e-4, 60 * 5004 - 1: 2e-4, 60 * 5004: 4e-5, 75 * 5004 - 1: 4e-5, 75 * 5004: 8e-6},
     ),
     # int(1281167 / 96 * 2.5) = 33363 steps.
     "imagenet_mobilenet_v2": (
@@ -221,16 +315,17 @@ def small_networks(monkeypatch):
 @pytest.mark.parametrize("name", config_names())
 def test_every_config_makes_a_model_that_can_be_trained(name, monkeypatch):
     small_networks(monkeypatch)
-    config = dataclasses.replace(load_config(name), image_size=32)
+    config = load_config(name)
     if config.model not in config_module.BUILT_IN:
         return  # A file of the user's.
-    images = data.load("synthetic", image_size=32)
+    size = min(config.image_size or 32, 64)
+    images = data.load("synthetic", image_size=size)
     model = train.build_model(config, images, Distribution())
     optimizers.compile_model(model, config, 10)
     labels = np.arange(2)
     if config.label_smoothing:
         labels = np.eye(images.classes)[labels]
-    inputs = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype("float32")
+    inputs = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype("float32")
     assert np.isfinite(model.train_on_batch(inputs, labels)).all()
 
 

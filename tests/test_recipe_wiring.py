@@ -272,6 +272,7 @@ ROWS = {
 #: Settings that no stopped run shows, and the test that does.
 ELSEWHERE = {
     "lowering": ("test_recipes", "test_variants_train_alike_from_the_same_start"),
+    "treatment": ("test_recipe_treatments", "test_flags_name_variants"),
     "compare": ("test_recipes", "test_a_trial_goes_on"),
     "distribution": ("test_recipe_distribution", "test_two_devices_train_as_one"),
     "cpu_devices": ("test_recipe_distribution", "test_two_devices_train_as_one"),

@@ -71,6 +71,12 @@ class Grid:
         lowest = math.ceil((-self.limit - self.offset) / self.delta - slack)
         return lowest, math.floor((self.limit - self.offset) / self.delta + slack)
 
+    @property
+    def levels(self) -> float:
+        """How many numbers it has; infinite without a limit."""
+        lowest, highest = self._steps
+        return highest - lowest + 1
+
     def why_not(self, dtype: str, largest: float) -> str:
         """Why numbers up to `largest` of a dtype cannot be on the grid; empty if they can."""
         reach = self.limit if self.limit is not None else largest

@@ -81,7 +81,7 @@ class LowBit(SelectiveTreatment):
             )
         if self.limit is not None:
             check_limit(self.limit)
-        self._check_selection()
+        self.check_selection()
 
     def __str__(self) -> str:
         return f"LowBit({', '.join(map(str, self._bits))})"

@@ -100,7 +100,8 @@ class TopK(_Kept):
     product: an example, and where the inputs have further axes, one position of it.
 
     Unified (section 2.2): the k units j with the largest sum over rows of |g_ij|, the same
-    for all rows of a batch, so that the backward pass has dense products of k columns.
+    for all rows of a batch, so that the backward pass has dense products of k columns. A
+    replica of a `tf.distribute` strategy chooses by its own part of the batch.
 
     Attributes:
         k: units that are kept; where a layer has no more, nothing changes.

@@ -67,7 +67,7 @@ class MinimalEffort(SelectiveTreatment):
 
     def __post_init__(self) -> None:
         check_choice(self.k, self.ratio)
-        self._check_selection()
+        self.check_selection()
 
     @property
     def _operand(self) -> TopK:

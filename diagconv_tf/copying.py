@@ -380,6 +380,7 @@ class _Copier:
                 {key: id(self.copies[key]) for key in container if key in self.copies},
             )
         for original, duplicate in self.optimizers:
+            # TensorFlow's are not `id`s; elsewhere nothing is left to do.
             key = keras_internals.variable_key
             keys = {key(original, old): key(duplicate, new) for old, new in self.variables}
             for value in vars(duplicate).values():

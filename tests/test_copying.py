@@ -449,6 +449,31 @@ def test_sharing_is_kept():
     assert copied.get_layer("stack").get_layer("inner") is inner
 
 
+def quantized(model):
+    model.layers[-1].quantize("int8")
+
+
+def shortened(model):
+    model.blocks["body"].pop()
+
+
+@pytest.mark.parametrize(("name", "change"), [("sequential", quantized), ("subclassed", shortened)])
+def test_a_copy_lets_go_of_a_part_as_the_original_does(name, change):
+    """Keras finds what it tracks by `id`."""
+    model = MODELS[name]()
+    model.build((None, 8, 8, 3))
+    copied = copy_model(model)
+    before = tracked(model)
+    for each in (model, copied):
+        change(each)
+    assert tracked(copied) == tracked(model) != before
+
+
+def tracked(model):
+    layers_of_model = [layer.path for layer in model._flatten_layers()]
+    return layers_of_model, [weight.path for weight in model.weights]
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_copy_of_a_copy_and_a_saved_copy(saved, tmp_path):
     model = built(sequential)
@@ -734,7 +759,15 @@ def attributes_of_layers(model):
     return list(model.history_of_mine) == [1] and not model.layers[0].cache["a"].any()
 
 
+def tables_by_id(model):
+    """Of a part of the model, a number that is its `id` is that of the copy's part."""
+    model.table = types.SimpleNamespace(names={id(model.layers[0]): "first", 7: "seven"})
+    copied = copy_model(model)
+    return copied.table.names == {id(copied.layers[0]): "first", 7: "seven"}
+
+
 OWNED_OR_SHARED = [
+    tables_by_id,
     variables_of_closures,
     variables_that_hold_the_model,
     cache_that_reaches_the_model,
@@ -948,13 +981,34 @@ def assert_goes_on_alike(model, copied, steps=2):
     assert_equal_arrays(values(copied), values(model))
 
 
-if not CALLS_ARE_CHEAP:
-    OPTIMIZERS = {name: OPTIMIZERS[name] for name in ("Adam", "loss scale", "accumulation")}
+def slots(optimizer):
+    """Which of an optimizer's variables each of its lists holds."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    places = {id(variable): place for place, variable in enumerate(optimizer.variables)}
+    return {
+        name: [places.get(id(part), "no slot") for part in value]
+        for name, value in vars(optimizer).items()
+        if isinstance(value, list) and any(isinstance(part, keras.Variable) for part in value)
+    }
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_training_goes_on_alike(optimizer):
+def test_an_optimizer_has_slots_of_its_own(optimizer):
     model = built(sequential)
+    model.compile(optimizer(), "mse")
+    model.optimizer.build(model.trainable_variables)
+    copied = copy_model(model)
+    assert slots(copied.optimizer) == slots(model.optimizer)
+    common = parts(copied.optimizer).keys() & parts(model.optimizer).keys()
+    assert not any(isinstance(parts(model)[key], keras.Variable) for key in common)
+
+
+TRAINED = OPTIMIZERS if CALLS_ARE_CHEAP else ("Adam", "loss scale", "accumulation")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_goes_on_alike(name):
+    optimizer, model = OPTIMIZERS[name], built(sequential)
     # Eagerly: what is compared is state, and compiling takes a second a model.
     model.compile(optimizer(), "mse", metrics=["mae"], run_eagerly=True)
     for seed in range(2):

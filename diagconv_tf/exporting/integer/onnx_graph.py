@@ -5,8 +5,9 @@ split into parts, as few as the graph allows, which Keras exports.
 
 A convolution whose outputs are rounded stands between `DequantizeLinear` and
 `QuantizeLinear`: runtimes make one integer operation of the group (onnxruntime's
-`QLinearConv`). One whose outputs are read as floats is a `ConvInteger`, and dense layers
-are `MatMulInteger`: their sums are exact, and so is what follows but for float rounding.
+`QLinearConv`). Where outputs are read as floats, products of matrices (dense layers, and
+convolutions of 1x1) stand behind `DequantizeLinear` (`MatMulIntegerToFloat`), and other
+convolutions are a `ConvInteger`: sums are exact, and no bias is rounded.
 """
 
 from __future__ import annotations
@@ -228,8 +229,8 @@ class _OnnxWriter:
 
     def _direct(self, step: Step) -> None:
         if isinstance(step, IntegerStep):
-            if isinstance(step.layer, LowBitDense):
-                self._dense(step)
+            if isinstance(step.layer, LowBitDense) or self._is_product(step):
+                self._product(step)
             else:
                 self._convolution(step)
         elif self._program.is_moved(step):
@@ -258,11 +259,27 @@ class _OnnxWriter:
         known = [n for n in step.inputs if (n, None, _FIRST) in self._names]
         return _FIRST if known else _KERAS
 
-    def _dense(self, step: IntegerStep) -> None:
+    def _is_product(self, step: IntegerStep) -> bool:
+        """Whether a convolution is a product of matrices whose outputs are read as floats."""
+        layer = step.layer
+        return (
+            self._program.grids[step.outputs[0]] is None
+            and step.kernel.groups == 1
+            and max(*layer.kernel_size, *layer.strides) == 1
+            and layer.data_format == "channels_last"
+            and step.inputs[0] not in self._pads
+        )
+
+    def _product(self, step: IntegerStep) -> None:
         kernel = step.kernel
         inputs = self._get(step.inputs[0], step.grid)
-        sums = self._add("MatMulInteger", [inputs, self._constant(kernel.codes)])
-        name = self._floats(sums, kernel, kernel.bias.shape)
+        codes = self._constant(kernel.codes.reshape(-1, kernel.codes.shape[-1]))
+        operands = [
+            self._add("DequantizeLinear", [inputs, *self._scale_and_zero(step.grid)]),
+            self._per_channel(codes, kernel.scales / step.grid.scale, axis=1),
+        ]
+        products = self._add("MatMul", operands)
+        name = self._add("Add", [products, self._constant(kernel.bias.astype("float32"))])
         self._names[step.outputs[0], None, _KERAS] = name
 
     def _convolution(self, step: IntegerStep) -> None:
@@ -308,9 +325,9 @@ class _OnnxWriter:
         )
         return self._add("Add", [self._add("Mul", [sums, scales]), bias])
 
-    def _per_channel(self, codes: str, scales: np.ndarray) -> str:
+    def _per_channel(self, codes: str, scales: np.ndarray, axis: int = 0) -> str:
         scale = self._constant(scales.astype("float32"))
-        return self._add("DequantizeLinear", [codes, scale], axis=0)
+        return self._add("DequantizeLinear", [codes, scale], axis=axis)
 
     def _padding(self, step: IntegerStep) -> dict[str, Any]:
         layer = step.layer

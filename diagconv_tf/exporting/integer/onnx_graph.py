@@ -5,9 +5,8 @@ split into parts, as few as the graph allows, which Keras exports.
 
 A convolution whose outputs are rounded stands between `DequantizeLinear` and
 `QuantizeLinear`: runtimes make one integer operation of the group (onnxruntime's
-`QLinearConv`). Where outputs are read as floats, products of matrices (dense layers, and
-convolutions of 1x1) stand behind `DequantizeLinear` (`MatMulIntegerToFloat`), and other
-convolutions are a `ConvInteger`: sums are exact, and no bias is rounded.
+`QLinearConv`). One whose outputs are read as floats is a `ConvInteger`, or, as dense layers
+are, a `MatMulInteger`: sums are exact, and no bias is rounded.
 """
 
 from __future__ import annotations
@@ -273,13 +272,9 @@ class _OnnxWriter:
     def _product(self, step: IntegerStep) -> None:
         kernel = step.kernel
         inputs = self._get(step.inputs[0], step.grid)
-        codes = self._constant(kernel.codes.reshape(-1, kernel.codes.shape[-1]))
-        operands = [
-            self._add("DequantizeLinear", [inputs, *self._scale_and_zero(step.grid)]),
-            self._per_channel(codes, kernel.scales / step.grid.scale, axis=1),
-        ]
-        products = self._add("MatMul", operands)
-        name = self._add("Add", [products, self._constant(kernel.bias.astype("float32"))])
+        codes = kernel.codes.reshape(-1, kernel.codes.shape[-1])
+        sums = self._add("MatMulInteger", [inputs, self._constant(codes)])
+        name = self._floats(sums, kernel, kernel.bias.shape)
         self._names[step.outputs[0], None, _KERAS] = name
 
     def _convolution(self, step: IntegerStep) -> None:
@@ -325,9 +320,9 @@ class _OnnxWriter:
         )
         return self._add("Add", [self._add("Mul", [sums, scales]), bias])
 
-    def _per_channel(self, codes: str, scales: np.ndarray, axis: int = 0) -> str:
+    def _per_channel(self, codes: str, scales: np.ndarray) -> str:
         scale = self._constant(scales.astype("float32"))
-        return self._add("DequantizeLinear", [codes, scale], axis=axis)
+        return self._add("DequantizeLinear", [codes, scale], axis=0)
 
     def _padding(self, step: IntegerStep) -> dict[str, Any]:
         layer = step.layer

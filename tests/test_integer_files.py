@@ -1,5 +1,7 @@
 """Files of integers multiply integers, and compute what the deployed model does."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -133,7 +135,9 @@ def randomized(model):
     return model
 
 
+@functools.cache
 def deployed(name, **options):
+    """The same model each time: the tests do not change it."""
     build, treatment, *_ = MODELS[name]
     return deploy(rewrite(randomized(build()), treatment), **options)
 

@@ -72,27 +72,35 @@ class Onnx(Format):
         import onnx
 
         graph = onnx.load(path, load_external_data=False).graph
-        input_names = [value.name for value in graph.input]
-        output_names = [value.name for value in graph.output]
-        if _has_onnxruntime():
-            execute = _session(path).run
-            runtime = with_version("onnxruntime")
-        else:
-            from onnx.reference import ReferenceEvaluator
-
-            execute = ReferenceEvaluator(path).run
-            runtime = f"{with_version('onnx')}'s reference evaluator"
+        names = [value.name for value in graph.output]
+        execute, runtime = _executor(path)
 
         def run(inputs: SampleInputs) -> list[tuple[str, np.ndarray]]:
-            matched = match(input_names, inputs.leaves)
-            feed = {name: leaf.value for name, leaf in zip(input_names, matched, strict=True)}
-            return list(zip(output_names, execute(None, feed), strict=True))
+            return list(zip(names, execute(None, _feed(graph, inputs)), strict=True))
 
         return run, runtime
 
     def caller(self, path: str, inputs: SampleInputs) -> Callable[[], Any]:
-        run, _ = self.load(path)
-        return lambda: run(inputs)
+        import onnx
+
+        feed = _feed(onnx.load(path, load_external_data=False).graph, inputs)
+        execute, _ = _executor(path)
+        return lambda: execute(None, feed)
+
+
+def _executor(path: str) -> tuple[Callable[..., list], str]:
+    """A function of output names and inputs that runs a file, and what runs it."""
+    if _has_onnxruntime():
+        return _session(path).run, with_version("onnxruntime")
+    from onnx.reference import ReferenceEvaluator
+
+    return ReferenceEvaluator(path).run, f"{with_version('onnx')}'s reference evaluator"
+
+
+def _feed(graph: Any, inputs: SampleInputs) -> dict[str, np.ndarray]:
+    names = [value.name for value in graph.input]
+    matched = match(names, inputs.leaves)
+    return {name: leaf.value for name, leaf in zip(names, matched, strict=True)}
 
 
 def _has_onnxruntime() -> bool:

@@ -5,8 +5,8 @@ split into parts, as few as the graph allows, which Keras exports.
 
 A convolution whose outputs are rounded stands between `DequantizeLinear` and
 `QuantizeLinear`: runtimes make one integer operation of the group (onnxruntime's
-`QLinearConv`). One whose outputs are read as floats is a `ConvInteger`, and dense layers
-are `MatMulInteger`: their sums are exact, and so is what follows but for float rounding.
+`QLinearConv`). One whose outputs are read as floats is a `ConvInteger`, or, as dense layers
+are, a `MatMulInteger`: sums are exact, and no bias is rounded.
 """
 
 from __future__ import annotations
@@ -228,8 +228,8 @@ class _OnnxWriter:
 
     def _direct(self, step: Step) -> None:
         if isinstance(step, IntegerStep):
-            if isinstance(step.layer, LowBitDense):
-                self._dense(step)
+            if isinstance(step.layer, LowBitDense) or self._is_product(step):
+                self._product(step)
             else:
                 self._convolution(step)
         elif self._program.is_moved(step):
@@ -258,10 +258,22 @@ class _OnnxWriter:
         known = [n for n in step.inputs if (n, None, _FIRST) in self._names]
         return _FIRST if known else _KERAS
 
-    def _dense(self, step: IntegerStep) -> None:
+    def _is_product(self, step: IntegerStep) -> bool:
+        """Whether a convolution is a product of matrices whose outputs are read as floats."""
+        layer = step.layer
+        return (
+            self._program.grids[step.outputs[0]] is None
+            and step.kernel.groups == 1
+            and max(*layer.kernel_size, *layer.strides) == 1
+            and layer.data_format == "channels_last"
+            and step.inputs[0] not in self._pads
+        )
+
+    def _product(self, step: IntegerStep) -> None:
         kernel = step.kernel
         inputs = self._get(step.inputs[0], step.grid)
-        sums = self._add("MatMulInteger", [inputs, self._constant(kernel.codes)])
+        codes = kernel.codes.reshape(-1, kernel.codes.shape[-1])
+        sums = self._add("MatMulInteger", [inputs, self._constant(codes)])
         name = self._floats(sums, kernel, kernel.bias.shape)
         self._names[step.outputs[0], None, _KERAS] = name
 

@@ -131,18 +131,19 @@ def backward_functions(group: Group) -> dict[str, Callable[[], Any]]:
     kernel = ops.convert_to_tensor(rng.normal(size=(n, n)).astype("float32"))
     product = MatrixProduct(dataclasses.replace(operand, unified=True), Units(n))
 
-    def compact(inputs: Any, kernel: Any, upstream: Any) -> tuple:
+    def without_zeros(inputs: Any, kernel: Any, upstream: Any) -> tuple:
         columns = product.columns(upstream)
         few = backends.take(upstream, columns, 1)
-        gradient = ops.matmul(few, ops.transpose(backends.take(kernel, columns, 1)))
-        return gradient, ops.matmul(ops.transpose(inputs), few), columns, ops.sum(upstream, 0)
+        gradient = backends.matmul(few, backends.take(kernel, columns, 1), transposed="second")
+        compact = backends.matmul(inputs, few, transposed="first")
+        return gradient, compact, columns, ops.sum(upstream, 0)
 
     def zeros(inputs: Any, kernel: Any, upstream: Any) -> Any:
         # A number that is not known before, so that no compiler makes a constant of it.
         return ops.broadcast_to(ops.multiply(upstream[0, 0], 0.0), (n, n)) + 0.0
 
     arguments = (inputs, kernel, upstream)
-    functions[COMPACT] = _run(compact, arguments, group.jit_compile)
+    functions[COMPACT] = _run(without_zeros, arguments, group.jit_compile)
     functions[ZEROS] = _run(zeros, arguments, group.jit_compile)
     return functions
 

@@ -101,7 +101,9 @@ class FewUnits:
         starts = ops.multiply(ops.arange(groups, dtype="int32"), count)
         # Not `ops.add`, which on TensorFlow (Keras 3.15) takes a column of as many numbers as
         # there are columns for a bias, and adds it to each row.
-        return ops.reshape(ops.cast(kept, "int32") + ops.expand_dims(starts, 1), (-1,))
+        kept = ops.reshape(ops.cast(kept, "int32") + ops.expand_dims(starts, 1), (-1,))
+        # In the order of memory, TensorFlow writes them in little more than half the time.
+        return ops.sort(kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +121,14 @@ class MatrixProduct(FewUnits):
         rows = _as_matrix(output_gradient)
         columns = self.columns(rows)
         few = backends.take(kernel, columns, 1)
-        product = ops.matmul(backends.take(rows, columns, 1), ops.transpose(few))
+        product = backends.matmul(backends.take(rows, columns, 1), few, transposed="second")
         return ops.reshape(product, input_shape)
 
     def kernel_gradient(self, inputs: Any, output_gradient: Any) -> Any:
         rows = _as_matrix(output_gradient)
         columns = self.columns(rows)
         few = backends.take(rows, columns, 1)
-        product = ops.matmul(ops.transpose(_as_matrix(inputs)), few)
+        product = backends.matmul(_as_matrix(inputs), few, transposed="first")
         return backends.place_columns(product, columns, rows.shape[1])
 
 

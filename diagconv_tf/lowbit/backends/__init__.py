@@ -73,6 +73,16 @@ def update(
         variable.assign(function(index, variable.value, seed))
 
 
+def matmul(first: Any, second: Any, *, transposed: str) -> Any:
+    """The product of two matrices, of which one is transposed: `"first"` or `"second"`."""
+    if _NAME == "tensorflow":
+        # `keras.ops.matmul` would make a transposed copy.
+        return _BACKEND.matmul(first, second, transposed)
+    if transposed == "first":
+        return keras.ops.matmul(keras.ops.transpose(first), second)
+    return keras.ops.matmul(first, keras.ops.transpose(second))
+
+
 def take(tensor: Any, indices: Any, axis: int) -> Any:
     """What is at `indices` along `axis`; they are different, and all inside."""
     return _BACKEND.take(tensor, indices, axis)

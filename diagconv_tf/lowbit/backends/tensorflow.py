@@ -127,6 +127,12 @@ def update(variables: Sequence[Any], function: Callable[[int, Any, Any], Any], s
     context.merge_call(update_all, args=(seed,))
 
 
+def matmul(first: Any, second: Any, transposed: str) -> Any:
+    return tf.matmul(
+        first, second, transpose_a=transposed == "first", transpose_b=transposed == "second"
+    )
+
+
 def take(tensor: Any, indices: Any, axis: int) -> Any:
     return tf.gather(tensor, indices, axis=axis)
 

@@ -341,9 +341,11 @@ def _flag_help(field: dataclasses.Field) -> str:
 def config_from_flags(config: Config, flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     """`config` with what was given on the command line in place of its own."""
     names = (field.name for field in dataclasses.fields(Config))
-    return dataclasses.replace(
-        config, **{name: flag_values[name].value for name in names if flag_values[name].present}
-    )
+    given = {name: flag_values[name].value for name in names if flag_values[name].present}
+    if "lowering" in given:
+        # It says what to train, as `compare` of a file does, which would hide it.
+        given = {"compare": (), **given}
+    return dataclasses.replace(config, **given)
 
 
 def check_names(received: Iterable[str], known: Iterable[str], what: str) -> None:

@@ -390,6 +390,7 @@ def config_from_flags(config: Config, flag_values: flags.FlagValues = flags.FLAG
     names = (field.name for field in dataclasses.fields(Config))
     given = {name: flag_values[name].value for name in names if flag_values[name].present}
     if {"lowering", "treatment"} & given.keys():
+        # It says what to train, as `compare` of a file does, which would hide it.
         given = {"compare": (), **given}
     return dataclasses.replace(config, **given)
 

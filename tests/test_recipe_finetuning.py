@@ -11,6 +11,7 @@ from keras import layers
 
 from diagconv_tf import rewrite
 from recipes import optimizers, report, train
+from recipes.comparing import ComparedSteps
 from recipes.config import Config
 from recipes.finetuning import (
     freeze_backbone,
@@ -358,7 +359,7 @@ def test_a_model_with_random_layers_is_trained_in_phases(config):
 @pytest.mark.backends("jax")
 @pytest.mark.parametrize("step", [2, 3, 5])
 def test_phases_go_on_after_an_interruption(step, config, monkeypatch):
-    monkeypatch.setattr(train, "compare_steps", lambda *_: train.ComparedSteps())
+    monkeypatch.setattr(train, "compare_steps", lambda *_: ComparedSteps())
     config = dataclasses.replace(config, compare=("stock",), log_every=1)
     whole = train.run_recipe(dataclasses.replace(config, name="whole"), verbose=0)
     config = dataclasses.replace(config, name="broken")
@@ -384,7 +385,7 @@ def test_an_export_that_fails_costs_nothing(config, monkeypatch):
         raise RuntimeError("no luck with layer 'flip'")
 
     monkeypatch.setattr(train, "export_model", fail)
-    monkeypatch.setattr(train, "compare_steps", lambda *_: train.ComparedSteps())
+    monkeypatch.setattr(train, "compare_steps", lambda *_: ComparedSteps())
     config = dataclasses.replace(config, compare=("stock",), epochs=1, unfreeze_after=None)
     found = train.run_recipe(config, verbose=0)
     for text in (found.folder / "report.md", found.folder / "report.json"):

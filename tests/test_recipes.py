@@ -788,6 +788,18 @@ def test_flags_override_the_config(monkeypatch):
 
 
 @one_backend
+def test_a_lowering_that_is_given_is_not_hidden_by_a_file():
+    config = load_config("digits_mobilenet_v1")
+    assert config.compare
+    with flagsaver.flagsaver():
+        config_module.parse_flags(["train", "--lowering=shifted"])
+        assert config_module.config_from_flags(config).variants == ("stock", "shifted")
+    with flagsaver.flagsaver():
+        config_module.parse_flags(["train", "--lowering=shifted", "--compare=stock,native"])
+        assert config_module.config_from_flags(config).variants == ("stock", "native")
+
+
+@one_backend
 def test_help_tells_defaults_choices_and_configs(capsys):
     app.define_help_flags()
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:

@@ -207,7 +207,7 @@ def left_whole():
     inner_inputs = keras.Input((6,))
     twice = keras.Model(inner_inputs, layers.ReLU()(inner_inputs), name="twice")
     return {
-        "added": (lambda x: dense(4)(layers.Add()([x, dense(6)(x)])), r"'add' \(Add\) reads"),
+        "added": (lambda x: dense(4)(layers.Add()([x, dense(6)(x)])), r"\(Add\) reads"),
         "gated": (lambda x: dense(4)(x * ops.sigmoid(dense(6)(x))), r"\(Multiply\) reads"),
         "shared reader": (lambda x: shared(shared(x)), "is called more than once"),
         "shared model": (lambda x: dense(4)(twice(x) + twice(dense(6)(x))), "more than once"),

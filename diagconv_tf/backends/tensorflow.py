@@ -55,7 +55,7 @@ def forward(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:
         # The depthwise op takes one stride for both axes.
         return _forward_then_subsample(spec, inputs, kernel, stride)
     if spec.is_depthwise:
-        return _depthwise_conv2d(spec, inputs, _zeros_without_images(inputs, kernel))
+        return _depthwise_conv2d(spec, inputs, kernel)
     if spec.groups > 1 and not _has_grouped_gradients(spec.compute_dtype):
         return _compiled_conv2d(spec, inputs, kernel)
     return _conv2d(spec, inputs, kernel)
@@ -77,8 +77,10 @@ def with_images(
 ) -> Any:
     """As `backends.Backend` says.
 
-    `Conv2DBackpropFilter` on a CPU fails on an empty batch with some of its kernels
-    ('Missing 1-th output'). XLA knows the batch and has no such kernels.
+    On a CPU some kernels of TensorFlow 2.21 do wrong with an empty batch. oneDNN's
+    convolutions return the shape of their inputs, `Conv2DBackpropFilter` fails ('Missing
+    1-th output'), and the depthwise op's kernel gradient is uninitialized memory. XLA knows
+    the batch and has no such kernels.
     """
     images = _number_of_images(inputs)
     if images is None:
@@ -263,16 +265,6 @@ def _number_of_images(inputs: Any) -> Any:
     if default_device()[0] != "cpu" or compiled_for(inputs) is not None:
         return None
     return tf.shape(inputs)[0]
-
-
-def _zeros_without_images(inputs: Any, kernel: Any) -> Any:
-    """`kernel`, and zeros where there are no images.
-
-    This makes its gradient zero there. The depthwise op's own gradient is uninitialized
-    memory (TensorFlow 2.21, CPU).
-    """
-    images = _number_of_images(inputs)
-    return kernel if images is None else tf.where(images > 0, kernel, tf.zeros_like(kernel))
 
 
 def _depthwise_conv2d(spec: ConvSpec, inputs: Any, kernel: Any) -> Any:

@@ -74,6 +74,13 @@ class Lowering(abc.ABC):
         and in depthwise kernels of their own.
         """
 
+    def runs_framework_convolutions(self, spec: ConvSpec) -> bool:
+        """Whether it computes `spec` by any convolution of the framework.
+
+        Some of these fail, or return other shapes, where a batch has no images.
+        """
+        return self.runs_standard_convolutions(spec)
+
     def tolerance(self, spec: ConvSpec, pass_name: Pass, allows_tf32: bool) -> float:
         """The largest relative error of one pass that rounding explains.
 

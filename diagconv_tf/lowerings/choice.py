@@ -152,11 +152,15 @@ def convolve(spec: ConvSpec, choice: LoweringChoice, inputs: Any, kernel: Any) -
         return to_format(outputs, moved, spec.data_format)
     if isinstance(choice, PerPassChoice) or choice.lowering.has_own_gradients(spec, inputs):
         return backend.differentiable(_Passes(spec, choice), inputs, kernel)
-    forward = functools.partial(choice.lowering.forward, spec)
-    if not choice.lowering.runs_standard_convolutions(spec):
+    return _forward(spec, choice.lowering, inputs, kernel)
+
+
+def _forward(spec: ConvSpec, lowering: Lowering, inputs: Any, kernel: Any) -> Any:
+    forward = functools.partial(lowering.forward, spec)
+    if not lowering.runs_framework_convolutions(spec):
         return forward(inputs, kernel)
     shape = functools.partial(_empty_output_shape, spec, inputs)
-    return backend.with_images(forward, shape, inputs, kernel)
+    return backends.current().with_images(forward, shape, inputs, kernel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +171,7 @@ class _Passes:
     choice: LoweringChoice
 
     def forward(self, inputs: Any, kernel: Any) -> Any:
-        return self.choice.for_pass("forward").forward(self.spec, inputs, kernel)
+        return _forward(self.spec, self.choice.for_pass("forward"), inputs, kernel)
 
     def input_gradient(self, output_gradient: Any, kernel: Any, input_shape: tuple) -> Any:
         lowering = self.choice.for_pass("input_gradient")
@@ -176,7 +180,7 @@ class _Passes:
     def kernel_gradient(self, inputs: Any, output_gradient: Any) -> Any:
         lowering = self.choice.for_pass("kernel_gradient")
         gradient = functools.partial(lowering.kernel_gradient, self.spec)
-        if not lowering.runs_standard_convolutions(self.spec):
+        if not lowering.runs_framework_convolutions(self.spec):
             return gradient(inputs, output_gradient)
         return backends.current().with_images(
             gradient, lambda: self.spec.kernel_shape, inputs, output_gradient

@@ -46,6 +46,9 @@ class Native(Lowering):
     def runs_standard_convolutions(self, spec: ConvSpec) -> bool:
         return not spec.is_depthwise
 
+    def runs_framework_convolutions(self, spec: ConvSpec) -> bool:
+        return True
+
 
 def _gathers_gradient(spec: ConvSpec, tensor: Any, sizes: Sequence[Any]) -> bool:
     """Whether the input gradient is a sum of gathered outputs, not XLA's.

@@ -49,7 +49,7 @@ class _FakeQuantized(StepsLayer):
 
     def call(self, inputs: list[Any]) -> list[Any]:
         program = self._program
-        floats: dict[int, Any] = dict(zip(self._inputs, inputs, strict=True))
+        floats: dict[int, Any] = dict(zip(self.taken, inputs, strict=True))
         rounded: dict[tuple[int, Grid], Any] = {}
 
         def on_grid(number: int, grid: Grid) -> Any:
@@ -57,7 +57,7 @@ class _FakeQuantized(StepsLayer):
                 rounded[number, grid] = _fake_quantized(floats[number], grid, grid.offset)
             return rounded[number, grid]
 
-        for step in self._steps:
+        for step in self.steps:
             output = step.outputs[0]
             grid = program.grids[output]
             if isinstance(step, IntegerStep):
@@ -72,7 +72,7 @@ class _FakeQuantized(StepsLayer):
                 rounded[output, grid] = moved
             else:
                 floats.update(zip(step.outputs, step.call(floats), strict=True))
-        return [floats[number] for number in self._outputs]
+        return [floats[number] for number in self.given]
 
 
 def _fake_quantized(tensor: Any, grid: Grid, offset: float = 0.0) -> Any:

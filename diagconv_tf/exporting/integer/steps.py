@@ -131,12 +131,12 @@ class StepsLayer(keras.layers.Layer):
         self, steps: Sequence[Step], inputs: Sequence[int], outputs: Sequence[int]
     ) -> None:
         super().__init__(name="steps", autocast=False)
-        self._steps, self._inputs, self._outputs = tuple(steps), tuple(inputs), tuple(outputs)
+        self.steps, self.taken, self.given = tuple(steps), tuple(inputs), tuple(outputs)
         # Tracked with their weights.
         self.operations = [s.operation for s in steps if isinstance(s.operation, keras.Layer)]
 
     def call(self, inputs: list[Any]) -> list[Any]:
-        values = dict(zip(self._inputs, inputs, strict=True))
-        for step in self._steps:
+        values = dict(zip(self.taken, inputs, strict=True))
+        for step in self.steps:
             values.update(zip(step.outputs, step.call(values), strict=True))
-        return [values[number] for number in self._outputs]
+        return [values[number] for number in self.given]

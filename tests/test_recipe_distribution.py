@@ -26,6 +26,7 @@ from recipes.distributing import Distribution
 from recipes.interruption import TrainingInterrupted
 from recipes.processes import Processes
 from recipes.train import RecipeError
+from recipes.variants import Variant
 from tests import forked, tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -221,8 +222,17 @@ def test_strategies_and_xla_are_refused_together():
 
 @pytest.mark.backends("tensorflow")
 def test_strategies_and_accumulation_are_refused_together():
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    several = Distribution(Replicas(2), strategy=strategy)
+    several.check(Config())
     with pytest.raises(ValueError, match="--gradient_accumulation=1.*Received: 4"):
-        Distribution.start(Config(distribution="data_parallel", gradient_accumulation=4))
+        several.check(Config(gradient_accumulation=4))
+    # A treatment that accumulates.
+    with pytest.raises(ValueError, match="--gradient_accumulation=1.*Received: 8"):
+        several.check(Variant.parse("bigsr").settings(Config()))
+    Distribution().check(Config(gradient_accumulation=4))
 
 
 @pytest.mark.backends("tensorflow", "jax")

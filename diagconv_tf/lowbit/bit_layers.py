@@ -111,8 +111,8 @@ class BitDense(_BitLayer):
         units: outputs.
         inputs: quantizer of the inputs.
         kernel_bits: bits of a weight, 1 to 8.
-        activation: as for `keras.layers.Dense`.
-        use_bias: the same.
+        **kwargs: `activation` and `use_bias` as for `keras.layers.Dense`, and the arguments
+            of `keras.Layer`.
 
     Raises:
         ValueError: if `inputs` is no quantizer of 1 to 8 bits.
@@ -152,8 +152,8 @@ class BitConv2D(_BitLayer):
         strides: of height and width.
         padding: `"same"` or `"valid"`.
         dilation_rate: of height and width.
-        activation: as for `keras.layers.Conv2D`.
-        use_bias: the same.
+        **kwargs: `activation` and `use_bias` as for `keras.layers.Conv2D`, and the arguments
+            of `keras.Layer`.
 
     Raises:
         ValueError: if `inputs` is no quantizer of 1 to 8 bits; on building, if height or

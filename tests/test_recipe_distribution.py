@@ -26,7 +26,6 @@ from recipes.distributing import Distribution
 from recipes.interruption import TrainingInterrupted
 from recipes.processes import Processes
 from recipes.train import RecipeError
-from recipes.variants import Variant
 from tests import forked, tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -221,7 +220,7 @@ def test_strategies_and_xla_are_refused_together():
 
 
 @pytest.mark.backends("tensorflow")
-def test_strategies_and_accumulation_are_refused_together():
+def test_strategies_and_accumulation_are_refused_together(monkeypatch):
     import tensorflow as tf
 
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
@@ -229,10 +228,11 @@ def test_strategies_and_accumulation_are_refused_together():
     several.check(Config())
     with pytest.raises(ValueError, match="--gradient_accumulation=1.*Received: 4"):
         several.check(Config(gradient_accumulation=4))
-    # A treatment that accumulates.
-    with pytest.raises(ValueError, match="--gradient_accumulation=1.*Received: 8"):
-        several.check(Variant.parse("bigsr").settings(Config()))
     Distribution().check(Config(gradient_accumulation=4))
+    # A treatment that accumulates is found before any image is read.
+    monkeypatch.setattr(Distribution, "start", lambda config, others: several)
+    with pytest.raises(RecipeError, match="--gradient_accumulation=1.*Received: 8"):
+        train.run_recipe(Config(compare=("stock", "bigsr"), dataset="folder:missing"))
 
 
 @pytest.mark.backends("tensorflow", "jax")

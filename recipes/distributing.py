@@ -60,12 +60,6 @@ class Distribution:
                     "Expected --jit_compile=auto or false with --distribution=data_parallel: "
                     "TensorFlow cannot compile a step of several replicas with XLA. Received: true"
                 )
-            if config.gradient_accumulation > 1:
-                raise ValueError(
-                    "Expected --gradient_accumulation=1 with --distribution=data_parallel: Keras's "
-                    "optimizers cannot accumulate under a strategy of TensorFlow; the JAX backend "
-                    f"can. Received: {config.gradient_accumulation}"
-                )
             kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
             devices = [device.name for device in tf.config.list_logical_devices(kind)]
             strategy: Any = tf.distribute.MirroredStrategy(devices)
@@ -95,6 +89,24 @@ class Distribution:
         with self.strategy.scope() if self.strategy is not None else contextlib.nullcontext():
             yield
 
+    def check(self, config: Config) -> None:
+        """Refuses settings of a variant that these devices cannot train with.
+
+        Raises:
+            ValueError: If gradients are to be accumulated under a strategy of TensorFlow.
+        """
+        if self._is_mirrored and config.gradient_accumulation > 1:
+            raise ValueError(
+                "Expected --gradient_accumulation=1, and no treatment of larger batches, with "
+                "--distribution=data_parallel: Keras's optimizers cannot accumulate under a "
+                "strategy of TensorFlow; the JAX backend can. Received: "
+                f"{config.gradient_accumulation}"
+            )
+
+    @property
+    def _is_mirrored(self) -> bool:
+        return self.strategy is not None and keras.backend.backend() == "tensorflow"
+
     def prepare(self, model: keras.Model, config: Config) -> None:
         """Lets batch norms see the whole batch, as on one device.
 
@@ -102,8 +114,7 @@ class Distribution:
         replica has statistics of its own, unless a layer is told otherwise. A
         layer from a file may have been told elsewhere.
         """
-        mirrored = self.strategy is not None and keras.backend.backend() == "tensorflow"
-        synchronize_batch_norms(model, mirrored and config.sync_batch_norm)
+        synchronize_batch_norms(model, self._is_mirrored and config.sync_batch_norm)
 
     def describe(self, jit_compile: bool | None = None) -> str:
         """Devices and processes, in a few words for the report.

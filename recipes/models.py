@@ -1,4 +1,4 @@
-"""MobileNetV1 and MobileNetV2 with a choice of the depthwise layers' lowering.
+"""MobileNetV1, MobileNetV2 and a small network for trials, in Keras's own layers.
 
 The ImageNet stem is `keras.applications.MobileNet` and `MobileNetV2` layer by
 layer: same names, paddings, shapes and order of the weights, so that
@@ -19,10 +19,6 @@ from dataclasses import dataclass
 
 import keras
 from keras import layers
-
-from diagconv_tf import DiagonalwiseDepthwiseConv2D
-
-Lowering = str | dict[str, str]
 
 STEMS = ("imagenet", "cifar")
 MINIMUM_SIZE = 32
@@ -65,7 +61,6 @@ def mobilenet_v1(
     stem: str = "imagenet",
     dropout: float = 1e-3,
     batch_norm_momentum: float = 0.99,
-    lowering: Lowering | None = None,
     classifier_activation: str | None = "softmax",
     name: str = "mobilenet_v1",
 ) -> keras.Model:
@@ -84,8 +79,6 @@ def mobilenet_v1(
         dropout: Rate before the classifier, in [0, 1).
         batch_norm_momentum: Of the moving averages. The default is that of
             keras.applications.
-        lowering: `None`: stock `keras.layers.DepthwiseConv2D`. Else
-            `DiagonalwiseDepthwiseConv2D` with this lowering.
         classifier_activation: `"softmax"`, for probabilities, or `None`, for
             logits, as of keras.applications. The recipes train on logits; see
             `with_probabilities`.
@@ -97,11 +90,10 @@ def mobilenet_v1(
         half precision.
 
     Raises:
-        ValueError: If an argument is out of range or the lowering is unknown
-            or cannot compute a layer.
+        ValueError: If an argument is out of range.
     """
     _check(input_shape, classes, width_multiplier, stem, dropout, classifier_activation)
-    build = _Builder(lowering, batch_norm_momentum)
+    build = _Builder(batch_norm_momentum)
     filters = _v1_filters(32, width_multiplier)
 
     inputs = layers.Input(shape=tuple(input_shape))
@@ -144,7 +136,6 @@ def mobilenet_v2(
     stem: str = "imagenet",
     dropout: float = 0.0,
     batch_norm_momentum: float = 0.999,
-    lowering: Lowering | None = None,
     classifier_activation: str | None = "softmax",
     name: str = "mobilenet_v2",
 ) -> keras.Model:
@@ -165,8 +156,6 @@ def mobilenet_v2(
             keras.applications.
         batch_norm_momentum: Of the moving averages. The default is that of
             keras.applications; it needs some thousand steps to settle.
-        lowering: `None`: stock `keras.layers.DepthwiseConv2D`. Else
-            `DiagonalwiseDepthwiseConv2D` with this lowering.
         classifier_activation: `"softmax"`, for probabilities, or `None`, for
             logits, as of keras.applications. The recipes train on logits; see
             `with_probabilities`.
@@ -178,11 +167,10 @@ def mobilenet_v2(
         half precision.
 
     Raises:
-        ValueError: If an argument is out of range or the lowering is unknown
-            or cannot compute a layer.
+        ValueError: If an argument is out of range.
     """
     _check(input_shape, classes, width_multiplier, stem, dropout, classifier_activation)
-    build = _Builder(lowering, batch_norm_momentum)
+    build = _Builder(batch_norm_momentum)
 
     inputs = layers.Input(shape=tuple(input_shape))
     x = layers.Conv2D(
@@ -206,6 +194,65 @@ def mobilenet_v2(
     )(x)
     x = build.batch_norm(x, "Conv_1_bn")
     x = layers.ReLU(6.0, name="out_relu")(x)
+    x = layers.GlobalAveragePooling2D(name="global_average_pooling2d")(x)
+    if dropout:
+        x = layers.Dropout(dropout, name="dropout")(x)
+    dtype = _at_least_float32(keras.config.dtype_policy().compute_dtype)
+    outputs = layers.Dense(
+        classes, activation=classifier_activation, name="predictions", dtype=dtype
+    )(x)
+    return keras.Model(inputs, outputs, name=name)
+
+
+def small_cnn(
+    input_shape: Sequence[int],
+    classes: int,
+    *,
+    width_multiplier: float = 1.0,
+    dropout: float = 0.0,
+    batch_norm_momentum: float = 0.9,
+    classifier_activation: str | None = "softmax",
+    name: str = "small_cnn",
+) -> keras.Model:
+    """Four 3x3 convolutions, of 32, 32, 64 and 64 filters: a network for small trials.
+
+    After the second and the fourth the size is halved. Each has a batch normalization and a
+    ReLU, and no bias. The design is the recipes' own.
+
+    Args:
+        input_shape: As of `mobilenet_v1`; height and width at least 4.
+        classes: Number of classes, at least 1.
+        width_multiplier: Factor of the numbers of filters, which are rounded down.
+        dropout: Rate before the classifier, in [0, 1); 0 makes no layer.
+        batch_norm_momentum: Of the moving averages.
+        classifier_activation: As of `mobilenet_v1`.
+        name: Of the model.
+
+    Returns:
+        An uncompiled functional model, (batch, *input_shape) → (batch, classes)
+        probabilities or logits, as `mobilenet_v1`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    _check(
+        input_shape,
+        classes,
+        width_multiplier,
+        "cifar",
+        dropout,
+        classifier_activation,
+        minimum_size=4,
+    )
+    build = _Builder(batch_norm_momentum)
+    inputs = x = layers.Input(shape=tuple(input_shape))
+    for number, filters in enumerate((32, 32, 64, 64), start=1):
+        filters = _v1_filters(filters, width_multiplier)
+        x = layers.Conv2D(filters, 3, padding="same", use_bias=False, name=f"conv_{number}")(x)
+        x = build.batch_norm(x, f"conv_{number}_bn")
+        x = layers.ReLU(name=f"conv_{number}_relu")(x)
+        if number % 2 == 0:
+            x = layers.MaxPooling2D(name=f"pool_{number}")(x)
     x = layers.GlobalAveragePooling2D(name="global_average_pooling2d")(x)
     if dropout:
         x = layers.Dropout(dropout, name="dropout")(x)
@@ -242,27 +289,23 @@ def with_probabilities(model: keras.Model) -> keras.Model:
 
 @dataclass(frozen=True)
 class _Builder:
-    """The layers in which both networks and all variants agree."""
+    """The layers in which the networks agree."""
 
-    lowering: Lowering | None
     batch_norm_momentum: float
 
     def depthwise(self, x, stride: int, name: str):
-        arguments = {
-            "kernel_size": 3,
-            "strides": stride,
-            "padding": "same" if stride == 1 else "valid",
-            "use_bias": False,
+        return layers.DepthwiseConv2D(
+            3,
+            strides=stride,
+            padding="same" if stride == 1 else "valid",
+            use_bias=False,
             # He's, for an output that sums over 9 inputs (arXiv 1502.01852, eq. 10).
             # Keras's own initializers count the inputs of all channels: their
             # values are too small by the root of the number of channels, and a
             # kernel's gradient, with a batch norm after it, too large by as much.
-            "depthwise_initializer": keras.initializers.RandomNormal(stddev=(2 / 9) ** 0.5),
-            "name": name,
-        }
-        if self.lowering is None:
-            return layers.DepthwiseConv2D(**arguments)(x)
-        return DiagonalwiseDepthwiseConv2D(**arguments, lowering=self.lowering)(x)
+            depthwise_initializer=keras.initializers.RandomNormal(stddev=(2 / 9) ** 0.5),
+            name=name,
+        )(x)
 
     def pointwise(self, x, filters: int, name: str):
         return layers.Conv2D(filters, 1, padding="same", use_bias=False, name=name)(x)
@@ -386,62 +429,3 @@ def _check(
             f"Expected `classifier_activation` to be one of {ACTIVATIONS}. "
             f"Received: classifier_activation={classifier_activation!r}"
         )
-
-
-def small_cnn(
-    input_shape: Sequence[int],
-    classes: int,
-    *,
-    width_multiplier: float = 1.0,
-    dropout: float = 0.0,
-    batch_norm_momentum: float = 0.9,
-    classifier_activation: str | None = "softmax",
-    name: str = "small_cnn",
-) -> keras.Model:
-    """Four 3x3 convolutions, of 32, 32, 64 and 64 filters: a network for small trials.
-
-    After the second and the fourth the size is halved. Each has a batch normalization and a
-    ReLU, and no bias. The design is the recipes' own.
-
-    Args:
-        input_shape: As of `mobilenet_v1`; height and width at least 4.
-        classes: Number of classes, at least 1.
-        width_multiplier: Factor of the numbers of filters, which are rounded down.
-        dropout: Rate before the classifier, in [0, 1); 0 makes no layer.
-        batch_norm_momentum: Of the moving averages.
-        classifier_activation: As of `mobilenet_v1`.
-        name: Of the model.
-
-    Returns:
-        An uncompiled functional model, (batch, *input_shape) → (batch, classes)
-        probabilities or logits, as `mobilenet_v1`.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
-    _check(
-        input_shape,
-        classes,
-        width_multiplier,
-        "cifar",
-        dropout,
-        classifier_activation,
-        minimum_size=4,
-    )
-    build = _Builder(None, batch_norm_momentum)
-    inputs = x = layers.Input(shape=tuple(input_shape))
-    for number, filters in enumerate((32, 32, 64, 64), start=1):
-        filters = _v1_filters(filters, width_multiplier)
-        x = layers.Conv2D(filters, 3, padding="same", use_bias=False, name=f"conv_{number}")(x)
-        x = build.batch_norm(x, f"conv_{number}_bn")
-        x = layers.ReLU(name=f"conv_{number}_relu")(x)
-        if number % 2 == 0:
-            x = layers.MaxPooling2D(name=f"pool_{number}")(x)
-    x = layers.GlobalAveragePooling2D(name="global_average_pooling2d")(x)
-    if dropout:
-        x = layers.Dropout(dropout, name="dropout")(x)
-    dtype = _at_least_float32(keras.config.dtype_policy().compute_dtype)
-    outputs = layers.Dense(
-        classes, activation=classifier_activation, name="predictions", dtype=dtype
-    )(x)
-    return keras.Model(inputs, outputs, name=name)

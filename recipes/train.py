@@ -126,6 +126,8 @@ def run_recipe(
         config, warnings = with_settings_of_model(config)
         distribution.processes.agree("settings", shared_settings(config))
         variants = parse_variants(config)
+        for variant in variants:
+            distribution.check(variant.settings(config))
         images = data.load(
             config.dataset,
             image_size=config.image_size,

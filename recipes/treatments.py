@@ -185,8 +185,10 @@ class RoundedTraining(Treatment):
         return weights, FLOAT_BITS, FLOAT_BITS
 
     def settings(self, config: Config) -> Config:
+        frozen = config.unfreeze_after
         return dataclasses.replace(
             config,
+            unfreeze_after=None if frozen is None else frozen * self.batches,
             gradient_accumulation=config.gradient_accumulation * self.batches,
             epochs=config.epochs * self.batches,
             decay_epochs=tuple(epochs * self.batches for epochs in config.decay_epochs),

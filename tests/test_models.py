@@ -6,7 +6,6 @@ import keras
 import numpy as np
 import pytest
 
-from diagconv_tf import DiagonalwiseDepthwiseConv2D
 from recipes import models
 
 # The networks are graphs of Keras's layers, the same on every backend;
@@ -103,22 +102,6 @@ def test_outputs_equal_keras_applications(pair):
     np.testing.assert_allclose(predict(ours, images), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
-def test_diagonalwise_has_stock_weights_and_outputs(case):
-    stock = case.ours(stem="cifar", dropout=0.1)
-    ours = case.ours(stem="cifar", dropout=0.1, lowering="diagonal:32")
-    depthwise = [x for x in ours.layers if isinstance(x, keras.layers.DepthwiseConv2D)]
-    assert len(depthwise) == {"mobilenet_v1": 13, "mobilenet_v2": 17}[case.name]
-    assert all(isinstance(x, DiagonalwiseDepthwiseConv2D) for x in depthwise)
-    assert {x.lowering for x in depthwise} == {"diagonal:32"}
-    assert not any(isinstance(x, DiagonalwiseDepthwiseConv2D) for x in stock.layers)
-
-    assert [w.path for w in ours.weights] == [w.path for w in stock.weights]
-    ours.set_weights(stock.get_weights())
-    images = images_for(case)
-    np.testing.assert_allclose(predict(ours, images), predict(stock, images), atol=1e-5)
-
-
 # Height of the outputs of the depthwise layers, one after another. ImageNet: table 1 of arXiv
 # 1704.04861 and table 2 of arXiv 1801.04381. CIFAR: what the strides of github.com/kuangliu/
 # pytorch-cifar (models/mobilenet.py, models/mobilenetv2.py) make of 32.
@@ -194,7 +177,6 @@ def test_channels_first_has_the_same_weights_and_sizes(name):
         ({"width_multiplier": 0}, "width_multiplier=0"),
         ({"dropout": 1.0}, r"\[0, 1\).*dropout=1.0"),
         ({"classifier_activation": "relu"}, "'softmax', None.*'relu'"),
-        ({"lowering": "diagonale:32"}, "diagonale:32"),
     ],
     ids=str,
 )

@@ -220,9 +220,19 @@ def test_strategies_and_xla_are_refused_together():
 
 
 @pytest.mark.backends("tensorflow")
-def test_strategies_and_accumulation_are_refused_together():
+def test_strategies_and_accumulation_are_refused_together(monkeypatch):
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    several = Distribution(Replicas(2), strategy=strategy)
+    several.check(Config())
     with pytest.raises(ValueError, match="--gradient_accumulation=1.*Received: 4"):
-        Distribution.start(Config(distribution="data_parallel", gradient_accumulation=4))
+        several.check(Config(gradient_accumulation=4))
+    Distribution().check(Config(gradient_accumulation=4))
+    # A treatment that accumulates is found before any image is read.
+    monkeypatch.setattr(Distribution, "start", lambda config, others: several)
+    with pytest.raises(RecipeError, match="--gradient_accumulation=1.*Received: 8"):
+        train.run_recipe(Config(compare=("stock", "bigsr"), dataset="folder:missing"))
 
 
 @pytest.mark.backends("tensorflow", "jax")

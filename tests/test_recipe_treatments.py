@@ -294,6 +294,8 @@ def test_updates_of_big_sr_have_more_batches_and_are_as_many():
     assert changed.gradient_accumulation == 8
     assert changed.decay_epochs == (8.0, 18.0)
     assert Variant.parse("sr").settings(config) == config
+    frozen = Config(model="a.keras", freeze="backbone", epochs=6, unfreeze_after=2)
+    assert Variant.parse("bigsr:batches=4").settings(frozen).unfreeze_after == 8
     _, model, _ = trained("bigsr:batches=4", steps=8)
     assert int(model.optimizer.iterations) == 2
     # Steps that only accumulate change nothing; the eighth is the second update.

@@ -111,8 +111,8 @@ class BitDense(_BitLayer):
         units: outputs.
         inputs: quantizer of the inputs.
         kernel_bits: bits of a weight, 1 to 8.
-        **kwargs: `activation` and `use_bias`, and what all layers take: as for
-            `keras.layers.Dense`.
+        **kwargs: `activation` and `use_bias` as for `keras.layers.Dense`, and the arguments
+            of `keras.Layer`.
 
     Raises:
         ValueError: if `inputs` is no quantizer of 1 to 8 bits.
@@ -152,8 +152,8 @@ class BitConv2D(_BitLayer):
         strides: of height and width.
         padding: `"same"` or `"valid"`.
         dilation_rate: of height and width.
-        **kwargs: `activation` and `use_bias`, and what all layers take: as for
-            `keras.layers.Conv2D`.
+        **kwargs: `activation` and `use_bias` as for `keras.layers.Conv2D`, and the arguments
+            of `keras.Layer`.
 
     Raises:
         ValueError: if `inputs` is no quantizer of 1 to 8 bits; on building, if height or

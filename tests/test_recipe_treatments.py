@@ -13,7 +13,7 @@ from diagconv_tf.lowbit import BinaryConnect, DoReFaWeights, StochasticRounding
 from diagconv_tf.lowbit.layers import operands_of
 from diagconv_tf.minimal_effort import MinimalEffort, TopK
 from recipes import data, dorefa_models, models, optimizers, train, treatments
-from recipes.bits_picture import bits_text
+from recipes.accuracy_picture import bits_text
 from recipes.config import Config, config_from_flags, define_flags, load_config
 from recipes.finetuning import load_start
 from recipes.recording import MetricsLog

@@ -254,9 +254,10 @@ SETTINGS = {
         "lowering": "stock",
         "compare": (
             "stock",
-            *("meprop:k=10", "meprop:k=20", "meprop:k=40", "meprop:k=80", "meprop:k=160"),
+            *("meprop:k=5", "meprop:k=10", "meprop:k=20"),
+            *("meprop:k=40", "meprop:k=80", "meprop:k=160"),
             *("meprop:unified,k=10", "meprop:unified,k=40", "meprop:unified,k=160"),
-            *("random:k=10", "random:k=40", "random:k=160"),
+            *("random:k=5", "random:k=10", "random:k=40", "random:k=160"),
         ),
         "image_size": 8,
         "input_range": "unit",

@@ -23,9 +23,9 @@ def get_config() -> Config:
         lowering="stock",
         compare=(
             "stock",
-            *(f"meprop:k={k}" for k in (10, 20, 40, 80, 160)),
+            *(f"meprop:k={k}" for k in (5, 10, 20, 40, 80, 160)),
             *(f"meprop:unified,k={k}" for k in (10, 40, 160)),
-            *(f"random:k={k}" for k in (10, 40, 160)),
+            *(f"random:k={k}" for k in (5, 10, 40, 160)),
         ),
         dataset="digits",
         image_size=8,

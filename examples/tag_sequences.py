@@ -1,7 +1,7 @@
 """Minimal effort back-propagation for an LSTM that tags sequences whose tags need memory.
 
     python examples/tag_sequences.py
-    python examples/tag_sequences.py --k=4,10 --units=128 --epochs=8
+    python examples/tag_sequences.py --k=4,10 --units=256 --epochs=8
 
 The sequences are made here. Their symbols are letters, and a few of them brackets; the tag of a
 letter is its kind, and which bracket came last, however long ago. Trained are an ordinary
@@ -18,10 +18,10 @@ from absl import app, flags, logging
 
 from diagconv_tf import MinimalEffort, rewrite
 
-K = flags.DEFINE_list("k", ["4", "10", "32"], "Elements that are kept of a gate's gradient.")
+K = flags.DEFINE_list("k", ["2", "10", "32"], "Elements that are kept of a gate's gradient.")
 UNITS = flags.DEFINE_integer("units", 128, "Units of the LSTM.", lower_bound=1)
-EPOCHS = flags.DEFINE_integer("epochs", 8, "Passes over the training sequences.", lower_bound=1)
-SEQUENCES = flags.DEFINE_integer("sequences", 2000, "Training sequences.", lower_bound=1)
+EPOCHS = flags.DEFINE_integer("epochs", 4, "Passes over the training sequences.", lower_bound=1)
+SEQUENCES = flags.DEFINE_integer("sequences", 1000, "Training sequences.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", 30, "Symbols of a sequence.", lower_bound=2)
 SEED = flags.DEFINE_integer("seed", 0, "Of weights, sequences and their order.", lower_bound=0)
 

@@ -27,11 +27,14 @@ from diagconv_cli.quiet import silence_tensorflow_log
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 #: Networks that the recipes build; another `model` is a file.
-BUILT_IN = ("mobilenet_v1", "mobilenet_v2", "small_cnn", "svhn_cnn", "alexnet")
+BUILT_IN = ("mobilenet_v1", "mobilenet_v2", "small_cnn", "svhn_cnn", "alexnet", "mlp")
 MODEL_FILES = (".keras", ".h5")
 
 #: Settings of these networks; a model from a file has its own.
-_OF_BUILT_IN = ("stem", "width_multiplier", "dropout", "batch_norm_momentum", "dtype_policy")
+_OF_BUILT_IN = (
+    *("stem", "width_multiplier", "dropout", "batch_norm_momentum", "dtype_policy"),
+    "standardize",
+)
 
 
 def _setting(
@@ -63,8 +66,9 @@ class Config:
     model: str = _setting(
         "mobilenet_v1",
         "the network: 'mobilenet_v1', 'mobilenet_v2', 'small_cnn' (four convolutions), 'svhn_cnn' "
-        "and 'alexnet' (DoReFa-Net's), or the path of a .keras or .h5 file to train further; its "
-        "classifier is replaced where the number of classes is another",
+        "and 'alexnet' (DoReFa-Net's), 'mlp' (two dense layers of 500 units, on gray pixels), or "
+        "the path of a .keras or .h5 file to train further; its classifier is replaced where the "
+        "number of classes is another",
     )
     freeze: str = _setting(
         "none",
@@ -84,7 +88,14 @@ class Config:
         choices=("cifar", "imagenet"),
     )
     width_multiplier: float = _setting(1.0, "factor of the number of filters", above=0)
-    dropout: float = _setting(0.0, "rate before the classifier", least=0, below=1)
+    dropout: float = _setting(
+        0.0, "rate before the classifier; of 'mlp', after each hidden layer", least=0, below=1
+    )
+    standardize: bool = _setting(
+        False,
+        "of 'mlp': a first layer subtracts from each pixel its mean over the training images, and "
+        "divides by the standard deviation of all pixels",
+    )
     batch_norm_momentum: float = _setting(
         0.9,
         "of the moving averages; short trainings need a lower one",
@@ -110,7 +121,17 @@ class Config:
         "weights, activations and gradients (32 is float), 'dorefa:7,8,32:limit=6' clips "
         "activations at 6; 'bc', 'sr', 'bigsr' and 'r' have weights of -1 and 1, "
         "'sr:delta=0.125' multiples of 0.125; 'meprop:k=30' or 'meprop:unified,k=30' has the 30 "
-        "largest elements of output gradients. It is compared with the same lowering without it",
+        "largest elements of output gradients, 'random:k=30' random ones. It is compared with the "
+        "same lowering without it",
+    )
+    simplify: float = _setting(
+        0.0,
+        "of trainings with 'meprop': remove hidden units that are among the largest for a smaller "
+        "share of the examples (meSimp); the model that is saved is without them; 0 removes none. "
+        "With a constant learning rate the optimizer starts anew every 5 epochs, as the authors' "
+        "does",
+        least=0,
+        below=1,
     )
     compare: tuple[str, ...] = _setting(
         (),
@@ -272,6 +293,15 @@ class Config:
             raise ValueError(
                 f"Expected `stem` with a MobileNet only. Received: model={self.model!r} with "
                 f"stem={self.stem!r}"
+            )
+        if self.standardize and self.model != "mlp":
+            raise ValueError(
+                f"Expected `standardize` with model='mlp' only. Received: model={self.model!r}"
+            )
+        if self.simplify and self.freeze != "none":
+            raise ValueError(
+                "Expected `simplify` without `freeze`: frozen layers have no gradients. Received: "
+                f"simplify={self.simplify:g} with freeze={self.freeze!r}"
             )
         if self.freeze != "none" and self.model in BUILT_IN:
             raise ValueError(

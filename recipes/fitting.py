@@ -46,6 +46,7 @@ def fit_from(
     interruption: Interruption | None = None,
     log_every: int = 1,
     log_first: int = 0,
+    tell_after: Callable[[int], bool] | None = None,
     max_steps: int | None = None,
     verbose: int | str = "auto",
 ) -> keras.callbacks.History:
@@ -81,6 +82,8 @@ def fit_from(
         log_every: steps in a group, at least 1. At its end the loss is looked
             at. Groups end with multiples of this number and with epochs.
         log_first: so many of the first steps are groups of their own.
+        tell_after: of a number of steps of an epoch: whether a group ends with
+            them, because a callback has something to do then.
         max_steps: the training ends after so many, those before `start`
             included. With no more than these it only ends the epoch.
         verbose: as in `fit`.
@@ -110,6 +113,7 @@ def fit_from(
         interruption=interruption,
         log_every=log_every,
         log_first=log_first,
+        tell_after=tell_after,
         max_steps=max_steps,
         verbose=verbose,
     )
@@ -178,6 +182,7 @@ class _Watch(keras.callbacks.CallbackList):
         interruption: Interruption | None,
         log_every: int,
         log_first: int,
+        tell_after: Callable[[int], bool] | None,
         max_steps: int | None,
         verbose: int | str,
     ) -> None:
@@ -199,6 +204,7 @@ class _Watch(keras.callbacks.CallbackList):
         self._interruption = interruption
         self._log_every = log_every
         self._log_first = log_first
+        self._tell_after = tell_after or (lambda steps: False)
         self._max_steps = math.inf if max_steps is None else max_steps
         self._in_group = False
         self._losses = LossCheck()
@@ -276,6 +282,7 @@ class _Watch(keras.callbacks.CallbackList):
             or step // self._log_every > before // self._log_every
             or step % self._steps_per_epoch == 0
             or step >= self._max_steps
+            or self._tell_after(step % self._steps_per_epoch)
         )
 
     def _stop_at_most(self, step: int) -> None:

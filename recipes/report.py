@@ -10,10 +10,12 @@
       report.md        tables and picture, to be read
       report.json      the numbers of the table
       curves.png       loss curves and step times
-      bits.png         accuracy against bits, where variants are treatments
+      bits.png         accuracy against bits, where variants have few
+      kept.png         accuracy against the elements of gradients that are kept
       step_times.json  those times: all variants and Keras's default, in turn
       model.keras      the last variant, trained, in stock layers; not compiled.
-                       Of a low-bit one, the deployed model
+                       Of a low-bit one, the deployed model; of a simplified
+                       one, the model without the removed units
       low_bit.keras    of a low-bit one, the model with its float weights, to
                        be trained on
       class_names.json the names of its outputs, in their order
@@ -29,11 +31,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import pathlib
 import platform
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -43,11 +47,12 @@ import rich.table
 
 import diagconv_tf
 from diagconv_tf import Conditions, files
-from recipes.bits_picture import bits_text, draw_bits
+from recipes.accuracy_picture import BITS, KEPT, bits_text, draw_accuracies
 from recipes.comparing import KERAS_DEFAULT, ComparedSteps
 from recipes.config import BUILT_IN, Config
 from recipes.curves import draw_curves
 from recipes.results import VariantResult
+from recipes.simplifying import Simplified
 from recipes.step_times import STEPS, Comparison, StepTimes
 from recipes.treatments import FLOAT
 
@@ -79,6 +84,7 @@ class RunReport:
         steps: The step times of all variants and of Keras's default, in turn.
         head: What became of the classifier of a model from a file; else empty.
         warnings: What did not go as it should, in sentences without full stop.
+        simplified: Variant → what it has without the hidden units that it lost.
     """
 
     config: Config
@@ -91,6 +97,7 @@ class RunReport:
     steps: ComparedSteps = ComparedSteps(default="")  # noqa: RUF009 - frozen.
     head: str = ""
     warnings: tuple[str, ...] = ()
+    simplified: Mapping[str, Simplified] = dataclasses.field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         """One per variant: the numbers of the table, times in seconds; None where unknown."""
@@ -101,6 +108,7 @@ class RunReport:
         for variant in self.variants:
             # What a treatment changes is no difference of rounding.
             differences = np.array([]) if self.is_treated else variant.loss_differences(first)
+            simplified = self.simplified.get(variant.name)
             rows.append(
                 {
                     "variant": variant.name,
@@ -112,6 +120,8 @@ class RunReport:
                     "early_loss_difference": _largest(differences[:EARLY_STEPS]),
                     "choice": variant.choice,
                     "bits": list(variant.bits),
+                    "kept": variant.kept,
+                    "simplified": simplified and dataclasses.asdict(simplified),
                     "in_training": dataclasses.asdict(variant.steps),
                 }
             )
@@ -126,6 +136,11 @@ class RunReport:
     def has_bits(self) -> bool:
         """Whether a variant computes with few bits."""
         return any(variant.bits != FLOAT for variant in self.variants)
+
+    @property
+    def has_kept(self) -> bool:
+        """Whether a variant keeps some elements of gradients only."""
+        return any(variant.kept is not None for variant in self.variants)
 
     def _times(self, name: str) -> dict[str, float | None]:
         times = self.steps.times.get(name)
@@ -145,7 +160,7 @@ class RunReport:
         }
 
     def write(self) -> None:
-        """Writes `report.json`, `curves.png`, `report.md`, and perhaps `bits.png`."""
+        """Writes `report.json`, `report.md` and the pictures."""
         content = {
             "environment": self.environment,
             "variants": self.rows(),
@@ -161,11 +176,13 @@ class RunReport:
             self.folder / "curves.png",
             lambda path: draw_curves(self.picture_title(), self._drawn(), path),
         )
-        if self.has_bits:
-            files.write_aside(
-                self.folder / "bits.png",
-                lambda path: draw_bits(self.picture_title(), self.variants, path),
-            )
+        pictures = (("bits", BITS, self.has_bits), ("kept", KEPT, self.has_kept))
+        for name, scale, is_drawn in pictures:
+            if is_drawn:
+                files.write_aside(
+                    self.folder / f"{name}.png",
+                    functools.partial(draw_accuracies, self.picture_title(), self.variants, scale),
+                )
         files.write_text(self.folder / "report.md", self.to_markdown())
 
     def _drawn(self) -> tuple[VariantResult, ...]:
@@ -259,12 +276,16 @@ class RunReport:
         for cells in self.cells():
             table.add_row(*cells)
         console.print(table)
-        for line in [*self.choices(), *self.all_warnings()]:
+        for line in [*self.choices(), *self.simplifications(), *self.all_warnings()]:
             console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def choices(self) -> list[str]:
         """A line for each variant that chose for itself."""
         return [f"`{v.name}` chose: {v.choice}" for v in self.variants if v.choice]
+
+    def simplifications(self) -> list[str]:
+        """A line for each variant that could lose hidden units."""
+        return [f"`{name}`: {simplified}." for name, simplified in self.simplified.items()]
 
     def notes(self) -> list[str]:
         """Sentences on what the numbers mean, and where the model came from."""
@@ -310,9 +331,10 @@ class RunReport:
             "",
             "![Loss curves and step times](curves.png)",
             "",
-            *self.about_bits(),
+            *self.about_treatments(),
         ]
-        lines += [line for choice in self.choices() for line in (choice, "")]
+        said = [*self.choices(), *self.simplifications()]
+        lines += [line for text in said for line in (text, "")]
         lines += [line for text in self.notes() for line in (text, "")]
         if self.restored_accuracy is not None:
             lines += [
@@ -339,11 +361,14 @@ class RunReport:
 
     def ending(self) -> str:
         """What was done with the last variant's model."""
+        simplified = self.simplified.get(self.variants[-1].name)
+        if simplified is not None and simplified.layers:
+            return "In stock layers, without the removed units"
         if self.variants[-1].bits == FLOAT:
             return "In stock layers again"
         return "With the weights that it multiplies"
 
-    def about_bits(self) -> list[str]:
+    def about_treatments(self) -> list[str]:
         """Lines on what treatments do, where there are any."""
         if not self.is_treated:
             return []
@@ -359,6 +384,8 @@ class RunReport:
                 "![Accuracy against bits](bits.png)",
                 "",
             ]
+        if self.has_kept:
+            lines += ["![Accuracy against kept elements of gradients](kept.png)", ""]
         return lines
 
 

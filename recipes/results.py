@@ -33,6 +33,8 @@ class VariantResult:
         bits: Of weights, activations and gradients; 32 is float, None a grid
             without end.
         is_treated: Whether a treatment changed what is computed.
+        kept: Elements of output gradients that are kept, below 1 their share;
+            None for all.
     """
 
     name: str
@@ -45,6 +47,7 @@ class VariantResult:
     loss_steps: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     bits: tuple[int | None, ...] = FLOAT
     is_treated: bool = False
+    kept: float | None = None
 
     def __post_init__(self) -> None:
         steps = self.loss_steps or tuple(range(1, len(self.losses) + 1))

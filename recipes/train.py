@@ -60,6 +60,7 @@ from recipes.interruption import (
     NonFiniteLossError,
     TrainingInterrupted,
 )
+from recipes.mlp import PixelStatistics, mlp
 from recipes.optimizers import average_momentum, compile_model
 from recipes.phases import phases_of, set_steps_done
 from recipes.profiling import Profile
@@ -72,6 +73,12 @@ from recipes.run_folder import (
     progress_until,
     resume_flags,
     shared_settings,
+)
+from recipes.simplifying import (
+    begin_simplification,
+    measure_simplified,
+    prunes_after,
+    without_removed_units,
 )
 from recipes.variants import STOCK, Variant
 
@@ -143,6 +150,9 @@ def run_recipe(
             start = make_start(config, images, distribution)
             model = start.model
             phases_of(config)[0].prepare(model)
+            for variant in variants:
+                if variant.simplifies(config):
+                    check_simplification(config, images, variant, distribution)
         if config.model not in BUILT_IN:
             distribution.processes.agree(f"weights in {config.model}", weights_digest(model))
         folder = str(open_run_folder(config)) if distribution.is_first else ""
@@ -191,8 +201,14 @@ def run_recipe(
         for each in trained:
             stop_averaging(each.model)
         # The last variant, in stock layers again wherever that computes the same.
-        restored = variants[-1].finish(model)
         test = evaluation_data(config, images, distribution)
+        simplified, smaller = {}, None
+        for variant, each in zip(variants, trained, strict=True):
+            smaller = None
+            if variant.simplifies(config):
+                smaller = without_removed_units(each.model)
+                simplified[variant.name] = measure_simplified(each.model, smaller, test)
+        restored = smaller or variants[-1].finish(model)
         accuracy = restored.evaluate(test, return_dict=True, verbose=0)["accuracy"]
         # As users expect it of a classifier.
         restored = models.with_probabilities(restored)
@@ -206,6 +222,7 @@ def run_recipe(
         steps=steps,
         head=start.head,
         warnings=warnings,
+        simplified=simplified,
     )
     if distribution.is_first:
         files.write_aside(folder / "model.keras", without_training_state(restored).save)
@@ -266,7 +283,28 @@ def parse_variants(config: Config) -> list[Variant]:
             "Expected variants whose files have different names. Received: "
             f"{', '.join(config.variants)}"
         )
+    if config.simplify and not any(variant.simplifies(config) for variant in variants):
+        raise ValueError(
+            "Expected `simplify` with a treatment that knows the active units, such as "
+            f"'meprop:k=30'. Received: simplify={config.simplify:g} with "
+            f"{', '.join(config.variants)}"
+        )
     return variants
+
+
+def check_simplification(
+    config: Config, images: data.ImageData, variant: Variant, distribution: Distribution
+) -> None:
+    """Looks before any training whether `variant` can lose hidden units.
+
+    Raises:
+        ValueError: If it cannot; the message says why.
+    """
+    model = build_model(config, images, distribution)
+    compile_model(model, config, 1, variant.wrap)
+    assert variant.treatment is not None  # Else it does not simplify.
+    variant.treatment.apply(model)
+    begin_simplification(model, config, 1)
 
 
 def train_variant(
@@ -326,6 +364,10 @@ def train_variant(
     if phases[present] != phases[-1]:
         phases[present].prepare(model)
         compile_model(model, config, steps_per_epoch, variant.wrap)
+    simplification = None
+    if variant.simplifies(config):
+        # Now, because checkpoints have its counters.
+        simplification = begin_simplification(model, config, steps_per_epoch)
     # The same dropout for all: on PyTorch it has no generator of its own.
     keras.utils.set_random_seed(config.seed)
     try:
@@ -342,6 +384,8 @@ def train_variant(
     if is_done:
         # As at the end of `fit_from`.
         finalize_averages(model)
+        if simplification is not None:
+            simplification.on_train_end()
         return Trained(model, VariantResult.from_json(result_file.read_text()), is_new=False)
     progress = Progress()
     if is_first:
@@ -372,6 +416,8 @@ def train_variant(
             # The timer comes first, so that it does not time the others.
             timer = StepTimer()
             callbacks = [timer, log, *optional_callbacks(config, variant, folder, timer, is_first)]
+            if simplification is not None:
+                callbacks.append(simplification)
             fit_from(
                 model,
                 start,
@@ -386,6 +432,7 @@ def train_variant(
                 interruption=interruption,
                 log_every=config.log_every,
                 log_first=EARLY_STEPS,
+                tell_after=simplification and prunes_after(simplification),
                 max_steps=None if config.max_steps is None else steps,
                 verbose=verbose,
             )
@@ -401,6 +448,7 @@ def train_variant(
         test_top5_accuracy=log.test_top5_accuracy,
         bits=variant.bits,
         is_treated=variant.treatment is not None,
+        kept=variant.kept,
     )
     if is_first:
         result_file.parent.mkdir(exist_ok=True)
@@ -495,8 +543,15 @@ def _built_in(config: Config, images: data.ImageData) -> keras.Model:
         "small_cnn": models.small_cnn,
         "svhn_cnn": dorefa_models.svhn_cnn,
         "alexnet": dorefa_models.alexnet,
+        "mlp": mlp,
     }
-    stem = {"stem": config.stem} if "mobilenet" in config.model else {}
+    options: dict[str, Any] = {}
+    if "mobilenet" in config.model:
+        options["stem"] = config.stem
+    if config.model != "mlp":
+        options["batch_norm_momentum"] = config.batch_norm_momentum
+    elif config.standardize:
+        options["statistics"] = PixelStatistics.of(images, config.input_range)
     former_policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(config.dtype_policy)
     try:
@@ -504,9 +559,8 @@ def _built_in(config: Config, images: data.ImageData) -> keras.Model:
             images.image_shape,
             images.classes,
             width_multiplier=config.width_multiplier,
-            **stem,
             dropout=config.dropout,
-            batch_norm_momentum=config.batch_norm_momentum,
+            **options,
             classifier_activation=None,
         )
     finally:

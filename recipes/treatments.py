@@ -7,6 +7,7 @@
     r              its deterministic rounding
     meprop:k=K     minimal effort back-propagation (arXiv 1711.06528): of each output gradient
                    the K largest elements; `meprop:unified,k=K` the same ones in all examples
+    random:k=K     as many random elements, to compare with
 
 After the name come numbers, words and options, in any order, each after a colon or a comma:
 `dorefa:7,8,32:limit=6`, `sr:delta=0.125`. A treatment of a name of its own is one more entry
@@ -36,7 +37,7 @@ from diagconv_tf.lowbit.graph import layer_facts
 from diagconv_tf.lowbit.layers import kernels_of
 from diagconv_tf.lowbit.operands import FLOAT_BITS
 from diagconv_tf.lowbit.rounding import Grid
-from diagconv_tf.minimal_effort import MinimalEffort
+from diagconv_tf.minimal_effort import MinimalEffort, RandomK
 from diagconv_tf.model_tree import walk_layers
 from diagconv_tf.treatment import Candidate, Treated, TreatedLayer
 from recipes.config import Config, check_names
@@ -58,6 +59,16 @@ class Treatment(abc.ABC):
 
     #: Whether there are float weights that `finish` leaves out.
     keeps_float_weights: ClassVar[bool] = False
+
+    @property
+    def kept(self) -> float | None:
+        """Elements of output gradients that are kept, below 1 their share; None for all."""
+        return None
+
+    @property
+    def can_simplify(self) -> bool:
+        """Whether its training tells which hidden units are rarely active."""
+        return False
 
     def settings(self, config: Config) -> Config:
         """The settings with which the model is trained, where they are others than `config`."""
@@ -213,18 +224,59 @@ class RoundedTraining(Treatment):
 
 
 @dataclasses.dataclass(frozen=True)
+class RandomElements(diagconv_tf.treatment.Treatment):
+    """Random elements of output gradients where `MinimalEffort` keeps the largest.
+
+    (arXiv 1706.06197, figure 4.)
+
+    Attributes:
+        like: how many, where.
+    """
+
+    like: MinimalEffort
+
+    def decide(self, model: keras.Model, candidates: Sequence[Candidate]) -> Treated:
+        operand = RandomK(self.like.k, self.like.ratio)
+        treated = self.like.decide(model, candidates)
+        layers = (
+            layer
+            if layer.operands is None
+            else dataclasses.replace(
+                layer, operands=dataclasses.replace(layer.operands, gradients=operand)
+            )
+            for layer in treated.layers
+        )
+        return dataclasses.replace(treated, treatment=self, layers=tuple(layers))
+
+    def __str__(self) -> str:
+        return f"{self.like}, random"
+
+
+@dataclasses.dataclass(frozen=True)
 class MinimalEffortTraining(Treatment):
     """Gradients of few elements; what the trained model computes is what stock layers do.
 
     Attributes:
         minimal_effort: how many, where.
+        random: whether they are random ones, instead of the largest.
     """
 
     minimal_effort: MinimalEffort
+    random: bool = False
     bits = FLOAT
 
+    @property
+    def kept(self) -> float | None:
+        k, ratio = self.minimal_effort.k, self.minimal_effort.ratio
+        return k if k is not None else ratio if ratio != 1 else None
+
+    @property
+    def can_simplify(self) -> bool:
+        return not self.random
+
     def apply(self, model: keras.Model) -> None:
-        rewrite(model, self.minimal_effort, in_place=True)
+        effort = self.minimal_effort
+        rewrite(model, RandomElements(effort) if self.random else effort, in_place=True)
 
     def finish(self, model: keras.Model) -> keras.Model:
         return restore(model)
@@ -386,6 +438,14 @@ def _rounded(arguments: _Arguments, rounding: str, batches: int | None = None) -
     )
 
 
+def _random(arguments: _Arguments) -> MinimalEffortTraining:
+    if arguments.positional:
+        raise ValueError(
+            f"Expected 'random:k=30' or 'random:ratio=0.05'. Received: {arguments.text}"
+        )
+    return dataclasses.replace(_meprop(arguments), random=True)
+
+
 def _meprop(arguments: _Arguments) -> MinimalEffortTraining:
     arguments.check_names("k", "ratio", "skip", "include", "exclude")
     if arguments.positional not in ((), ("unified",)):
@@ -411,6 +471,7 @@ TREATMENTS: Mapping[str, Callable[[_Arguments], Treatment]] = {
     "bigsr": functools.partial(_rounded, rounding="stochastic", batches=_BIG_BATCH),
     "r": functools.partial(_rounded, rounding="nearest"),
     "meprop": _meprop,
+    "random": _random,
 }
 
 

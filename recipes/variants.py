@@ -80,6 +80,16 @@ class Variant:
         return self.treatment.bits if self.treatment else treatments.FLOAT
 
     @property
+    def kept(self) -> float | None:
+        """Elements of output gradients that are kept, below 1 their share; None for all."""
+        return self.treatment.kept if self.treatment else None
+
+    def simplifies(self, config: Config) -> bool:
+        """Whether this variant loses hidden units in its training."""
+        can = self.treatment is not None and self.treatment.can_simplify
+        return can and config.simplify > 0
+
+    @property
     def keeps_float_weights(self) -> bool:
         """Whether `finish` leaves out weights with which the training could go on."""
         return self.treatment is not None and self.treatment.keeps_float_weights

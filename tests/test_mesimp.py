@@ -343,6 +343,28 @@ def test_a_resumed_training_is_the_same(order, tmp_path):
     assert not activeness_of(first)
 
 
+def test_the_rest_of_a_broken_epoch_does_not_begin_it_again():
+    """Prunings, and what is done at the begin of a cycle, are told by the batches' numbers."""
+    model = perceptron(keras.optimizers.Adam(0.01))
+    simplify = MeSimp(rate=0.2, prune_every=0.4, cycle_epochs=2)
+    simplify.set_model(model)
+    simplify.set_params({"steps": 5})
+    simplify.on_train_begin()
+
+    def go_on(epoch, batch):
+        model.train_on_batch(X[:BATCH], Y[:BATCH])
+        simplify.on_epoch_begin(epoch)
+        simplify.on_train_batch_begin(batch)
+        before = int(model.optimizer.iterations), activeness_of(model)["first"].examples
+        simplify.on_train_batch_end(batch)
+        return (*before, len(simplify.prunings) // 2)
+
+    assert go_on(4, 1) == (1, BATCH, 1)  # The first pruning comes after two batches.
+    assert go_on(4, 2) == (2, BATCH, 1)  # As many as were there: counts start after a pruning.
+    assert go_on(4, 0) == (0, 0, 1)  # A cycle begins: the optimizer and the counts are new.
+    simplify.on_train_end()
+
+
 def mistakes():
     plain = perceptron(treated=False)
     yield "rate 0", lambda: MeSimp(rate=0), "Expected `rate` to be a number above 0"

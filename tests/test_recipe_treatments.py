@@ -1,6 +1,7 @@
 """Treatments as variants of a recipe: what their text means, how they train, what they leave."""
 
 import dataclasses
+import itertools
 import json
 
 import keras
@@ -8,13 +9,16 @@ import numpy as np
 import pytest
 from absl import flags
 
-from diagconv_tf import LowBit, rewrite
+from diagconv_tf import LowBit, MeSimp, rewrite
 from diagconv_tf.lowbit import BinaryConnect, DoReFaWeights, StochasticRounding
 from diagconv_tf.lowbit.layers import operands_of
-from diagconv_tf.minimal_effort import MinimalEffort, TopK
-from recipes import data, dorefa_models, models, optimizers, train, treatments
-from recipes.bits_picture import bits_text
+from diagconv_tf.minimal_effort import MinimalEffort, RandomK, TopK
+from recipes import data, dorefa_models, mlp, models, optimizers, simplifying, train, treatments
+from recipes.accuracy_picture import KEPT, bits_text
+from recipes.comparing import ComparedSteps
 from recipes.config import Config, config_from_flags, define_flags, load_config
+from recipes.data.image_data import ImageData
+from recipes.data.sources import PixelExamples
 from recipes.finetuning import load_start
 from recipes.recording import MetricsLog
 from recipes.treatments import (
@@ -80,6 +84,7 @@ def rounded(rounding, batches=1, **grid):
             MinimalEffortTraining(MinimalEffort(ratio=0.5, unified=True, skip=(), include=("a",))),
             (32, 32, 32),
         ),
+        ("random:k=3", MinimalEffortTraining(MinimalEffort(k=3), random=True), (32, 32, 32)),
     ],
 )
 def test_the_text_of_a_treatment(text, expected, bits):
@@ -113,6 +118,8 @@ def test_the_text_of_a_treatment(text, expected, bits):
         ("bigsr:batches=1.5", "one integer as `batches`"),
         ("meprop:30", "'meprop:unified,k=30'. Received: meprop:30"),
         ("meprop", "one of .*k.* and .*ratio"),
+        ("random:3", "'random:k=30' or 'random:ratio=0.05'. Received: random:3"),
+        ("random:unified,k=3", "Received: random:unified,k=3"),
         ("dorfa:1,2,6", "Unknown treatment. Expected: dorefa. Received: dorfa"),
     ],
 )
@@ -316,6 +323,32 @@ def test_minimal_effort_ends_in_the_weights_that_it_trained():
         np.testing.assert_array_equal(a, b)
 
 
+def test_random_elements_are_kept_in_the_places_of_the_largest():
+    _, model, _ = trained("random:k=2")
+    _, largest, _ = trained("meprop:k=2")
+    assert operands_of(model.get_layer("dense")).gradients == RandomK(2)
+    for a, b in zip(model.layers, largest.layers, strict=True):
+        assert (operands_of(a).gradients is None) == (operands_of(b).gradients is None)
+    assert not np.array_equal(kernel(largest, "first"), kernel(model, "first"))
+
+
+@one_backend
+@pytest.mark.parametrize(
+    ("text", "kept", "above"),
+    [
+        ("stock", None, "all"),
+        ("dorefa:1,2,6", None, "all"),
+        ("meprop:k=10", 10, "10"),
+        ("random:ratio=0.05", 0.05, "5 %"),
+        ("meprop:ratio=1.0", None, "all"),
+    ],
+)
+def test_the_elements_that_are_kept(text, kept, above):
+    variant = Variant.parse(text)
+    assert variant.kept == kept
+    assert KEPT.text(KEPT.amount(variant)) == above
+
+
 @one_backend
 def test_the_selection_of_kernels_has_a_config():
     selection = KernelsAt(("a/kernel",))
@@ -417,6 +450,39 @@ def test_a_stem_is_of_mobilenets():
         models.mobilenet_v1((16, 16, 3), 7)
 
 
+@one_backend
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_the_mlp_takes_gray_pixels_that_are_standardised(data_format, monkeypatch):
+    monkeypatch.setattr(keras.config, "image_data_format", lambda: data_format)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(256, size=(70, 4, 5, 3), dtype="uint8")[:, :, :4]
+    pixels[:, 0, 0] = 7  # The same in all images.
+    examples = PixelExamples(pixels, np.zeros(70, "int32"))
+    other = PixelExamples(pixels[:1], np.zeros(1, "int32"))
+    images = ImageData("pixels", examples, other, ("a", "b"), 4)
+    statistics = mlp.PixelStatistics.of(images, "unit")
+    gray = pixels.mean(axis=-1).reshape(70, -1) / 255
+    np.testing.assert_allclose(statistics.mean, gray.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(statistics.variance, gray.var(axis=0).mean(), rtol=1e-5)
+    model = mlp.mlp(images.image_shape, 2, width_multiplier=0.01, statistics=statistics)
+    (batch,) = data.evaluation_dataset(
+        dataclasses.replace(images, test=examples), 70, input_range="unit"
+    ).as_numpy_iterator()
+    standard = keras.Model(model.input, model.get_layer("standardize").output)(batch[0])
+    expected = (gray - gray.mean(axis=0)) / gray.var(axis=0).mean() ** 0.5
+    np.testing.assert_allclose(standard, expected, atol=1e-5)
+    kernels = [tuple(w.shape) for w in model.weights if w.name == "kernel"]
+    assert kernels == [(16, 5), (5, 5), (5, 2)]
+    with pytest.raises(ValueError, match="at least one of the 500 units"):
+        mlp.mlp(images.image_shape, 2, width_multiplier=0.001)
+
+
+@one_backend
+def test_standardisation_is_of_the_mlp():
+    with pytest.raises(ValueError, match="`standardize` with model='mlp' only"):
+        Config(standardize=True)
+
+
 # A run
 
 
@@ -515,10 +581,143 @@ def test_a_low_bit_run_goes_on_with_the_noise_that_it_would_have_had(run, tmp_pa
     assert resumed.variants[0].losses == run.variants[-1].losses
 
 
-def test_the_configs_of_bits_name_treatments_that_are_known():
-    names = ("digits_lowbit", "digits_binary", "digits_lowbit_mobilenet_v1")
-    for name in (*names, "svhn_dorefa", "imagenet_dorefa_alexnet"):
+def test_the_configs_of_treatments_name_some_that_are_known():
+    names = ("digits_lowbit", "digits_binary", "digits_lowbit_mobilenet_v1", "digits_meprop")
+    for name in (*names, "svhn_dorefa", "imagenet_dorefa_alexnet", "mnist_meprop"):
         variants = [Variant.parse(text) for text in load_config(name).variants]
         assert variants[0].treatment is None  # What the others are compared with.
         assert all(variant.treatment is not None for variant in variants[1:])
     assert bits_text((None, 32, 32)) == "–, 32, 32"
+
+
+# Fewer units
+
+
+SIMPLIFIED = Config(
+    name="simplified",
+    model="mlp",
+    width_multiplier=0.04,
+    standardize=True,
+    image_size=8,
+    input_range="unit",
+    batch_size=36,  # 39 steps an epoch, of which the first 20 are told of.
+    epochs=2,
+    optimizer="adam",
+    learning_rate=0.003,
+    schedule="constant",
+    warmup_fraction=0.0,
+    compare=("stock", "random:ratio=0.5", "meprop:k=5"),
+    simplify=0.3,
+)
+
+
+@pytest.fixture(scope="module")
+def simplified(tmp_path_factory):
+    """A run, and the callbacks that removed units in it."""
+    callbacks = []
+
+    def begin(*args, **kwargs):
+        callbacks.append(MeSimp(*args, **kwargs))
+        return callbacks[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "export_model", lambda *_: "")
+        patch.setattr(train, "compare_steps", lambda *_: ComparedSteps())
+        patch.setattr(simplifying, "MeSimp", begin)
+        folder = str(tmp_path_factory.mktemp("runs"))
+        config = dataclasses.replace(SIMPLIFIED, output_dir=folder)
+        yield train.run_recipe(config, verbose=0), callbacks
+
+
+one_simplified = pytest.mark.xdist_group("recipe run that removes units")
+
+
+@one_simplified
+def test_units_go_eight_times_an_epoch(simplified):
+    _, (_, callback) = simplified  # The first one looked whether there are such units.
+    by_layer = [pruning for pruning in callback.prunings if pruning.path == "dense_1"]
+    assert [pruning.epoch for pruning in by_layer] == [0] * 8 + [1] * 8
+    steps = [pruning.examples // 36 for pruning in by_layer]
+    assert steps == [5, 5, 5, 5, 5, 5, 5, 4] * 2
+
+
+@one_simplified
+def test_the_saved_model_is_without_the_removed_units(simplified):
+    run, (_, callback) = simplified
+    left = {pruning.path: pruning.after for pruning in callback.prunings}
+    assert 0 < min(left.values()) < 20
+    model = keras.saving.load_model(run.folder / "model.keras")
+    assert {path: model.get_layer(path).units for path in left} == left
+    found = run.simplified["meprop:k=5"]
+    assert dict(zip(found.layers, found.units, strict=True)) == {
+        path: (20, after) for path, after in left.items() if after < 20
+    }
+    a, b = left["dense_1"], left["dense_2"]
+    sizes = [(64, 20, 20, 10), (64, a, b, 10)]
+    products = [sum(x * y for x, y in itertools.pairwise(s)) for s in sizes]
+    assert found.flops == tuple(2 * product for product in products)
+    biases = [sum(s[1:]) for s in sizes]
+    assert [p - q for p, q in zip(found.parameters, products, strict=True)] == biases
+    model.compile(metrics=["accuracy"], loss="sparse_categorical_crossentropy")
+    test = data.evaluation_dataset(
+        data.load("digits", image_size=8), 360, augmentation="none", input_range="unit"
+    )
+    accuracy = model.evaluate(test, return_dict=True, verbose=0)["accuracy"]
+    assert accuracy == pytest.approx(found.test_accuracy, abs=1e-6)
+    assert accuracy == pytest.approx(run.variants[-1].test_accuracy, abs=0.01)
+
+
+@one_simplified
+def test_the_report_says_what_went(simplified, capsys):
+    run, _ = simplified
+    run.print()
+    found = run.simplified["meprop:k=5"]
+    for text in (capsys.readouterr().out, (run.folder / "report.md").read_text()):
+        assert f"`meprop:k=5`: units: dense_1 20 → {found.units[0][1]}" in text
+        assert f"test accuracy of {100 * found.test_accuracy:.2f} %" in text
+    rows = json.loads((run.folder / "report.json").read_text())["variants"]
+    assert [row["kept"] for row in rows] == [None, 0.5, 5]
+    assert [row["simplified"] is None for row in rows] == [True, True, False]
+    assert (run.folder / "kept.png").stat().st_size > 10_000
+    assert not (run.folder / "bits.png").exists()
+
+
+@one_simplified
+@pytest.mark.parametrize("stop", [7, 39 + 22])  # Between two prunings, told of or not.
+def test_a_training_that_removes_units_goes_on(stop, simplified, tmp_path, monkeypatch):
+    run, _ = simplified
+    monkeypatch.setattr(train, "export_model", lambda *_: "")
+    monkeypatch.setattr(train, "compare_steps", lambda *_: ComparedSteps())
+    config = dataclasses.replace(SIMPLIFIED, compare=("meprop:k=5",), output_dir=str(tmp_path))
+    trial = train.run_recipe(dataclasses.replace(config, max_steps=stop), verbose=0)
+    assert max(trial.variants[0].loss_steps) == stop
+    resumed = train.run_recipe(dataclasses.replace(config, resume=True), verbose=0)
+    assert resumed.simplified["meprop:k=5"] == run.simplified["meprop:k=5"]
+    models = [keras.saving.load_model(each.folder / "model.keras") for each in (run, resumed)]
+    for a, b in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # What is finished is loaded, counters and all, and gives the same.
+    again = train.run_recipe(dataclasses.replace(config, resume=True), verbose=0)
+    assert again.simplified == resumed.simplified
+
+
+@one_backend
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compare": ("stock", "random:k=3")}, "'meprop:k=30'. Received: simplify=0.3 with stock"),
+        ({"compare": ("meprop:k=20",)}, "Expected a treatment for the model 'mlp'"),
+    ],
+)
+def test_what_cannot_lose_units_is_refused_before_the_training(settings, message, tmp_path):
+    config = dataclasses.replace(SIMPLIFIED, output_dir=str(tmp_path), **settings)
+    with pytest.raises(train.RecipeError, match=message) as error:
+        train.run_recipe(config, verbose=0)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@one_backend
+def test_frozen_layers_lose_no_units():
+    with pytest.raises(ValueError, match="`simplify` without `freeze`"):
+        Config(model="a.keras", freeze="backbone", simplify=0.1)

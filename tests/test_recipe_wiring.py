@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 
+from diagconv_tf import MeSimp
 from recipes import data, models, optimizers, train
 from recipes.averaging import AveragingBatchNormalization, SwapAverages
 from recipes.config import Config
@@ -263,6 +264,18 @@ ROWS = {
             ).tolist(),
         ),
         DIFFERENT,
+    ),
+    "standardize": Row(
+        True,
+        lambda run: len(run.layers(keras.layers.Normalization)),
+        1,
+        {"model": "mlp", "input_range": "unit"},
+    ),
+    "simplify": Row(
+        0.1,
+        lambda run: [x.rate for x in run.fitted["callbacks"] if isinstance(x, MeSimp)],
+        [0.1],
+        {"model": "mlp", "compare": ("meprop:k=3",)},
     ),
     "checkpoint_epochs": Row(3, lambda run: run.fitted["save_every"]),
     "log_every": Row(7, lambda run: run.fitted["log_every"]),

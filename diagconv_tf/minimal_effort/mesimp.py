@@ -71,7 +71,8 @@ class MeSimp(keras.callbacks.Callback):
     While `fit` runs, layers have counters, which are among `model.trainable_weights`;
     checkpoints have them, too. Before and after it the model and its optimizer have nothing
     of this callback. After an exception in `fit`, counters stay, and the next `fit` goes on
-    with them; `activeness.detach(model)` removes them.
+    with them; `activeness.detach(model)` removes them. An epoch whose first batch has a number
+    above 0 is the rest of a broken one: what its first batches had done is not done again.
 
     Args:
         rate: share of examples for which a unit must be active, above 0 and below 1.
@@ -125,6 +126,7 @@ class MeSimp(keras.callbacks.Callback):
         self._run: _Run | None = None
         self._steps: int | None = None
         self._epoch = 0
+        self._begins = False
         self._simplifies = False
         self._prunings_due = 0
         self._seen = 0
@@ -153,8 +155,18 @@ class MeSimp(keras.callbacks.Callback):
         self._leave()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._epoch, self._prunings_due = epoch, 0
+        self._epoch, self._begins = epoch, True
         self._simplifies = epoch // self.cycle_epochs % 2 == 0
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if not self._begins:
+            return
+        self._begins = False
+        self._prunings_due = self.due(batch)
+        if batch == 0:
+            self._begin_cycle(self._epoch)
+
+    def _begin_cycle(self, epoch: int) -> None:
         if epoch % self.cycle_epochs != 0 or self._run is None:
             return
         # Brings the variables up to date, on JAX.
@@ -172,10 +184,16 @@ class MeSimp(keras.callbacks.Callback):
         if not self._simplifies:
             return
         # With several steps per execution, some batches have no call.
-        done = math.floor((batch + 1) / (self._steps * self.prune_every) + _SLACK)
+        done = self.due(batch + 1)
         if done > self._prunings_due:
             self._prunings_due = done
             self._prune()
+
+    def due(self, batches: int) -> int:
+        """How many prunings an epoch has had after so many batches; 0 while that is not known."""
+        if self._steps is None:
+            return 0
+        return math.floor(batches / (self._steps * self.prune_every) + _SLACK)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self._steps is None:

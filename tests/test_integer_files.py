@@ -362,6 +362,40 @@ def test_kernel_on_a_grid(grid):
     assert np.abs(kernel.codes).max() == (7 * 17 if grid.levels == 15 else 7 * 9)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1e-20])
+def test_a_channel_switched_off_before_a_signed_grid(gamma):
+    """Its bias holds the offset of the outputs' grid, and does not overflow."""
+    inputs = x = keras.Input((8, 8, 4))
+    x = LowBitConv2D(3, 3, operands=quantized(), name="one")(x)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = LowBitConv2D(3, 3, operands=quantized(signed=True), name="other")(x)
+    model = randomized(keras.Model(inputs, x))
+    norm = model.get_layer("norm")
+    norm.gamma.assign([1.0, gamma, 1.0])
+    norm.beta.assign([0.5, 0.0, 0.5])
+    program = plan_integers(deploy(model), "onnx")
+    step = program.calls.steps[0]
+    grid = program.grids[step.outputs[0]]
+    assert grid.offset == 6.0
+    bias = step.kernel.integer_bias(grid.offset) * step.kernel.scales
+    np.testing.assert_allclose(bias, step.kernel.bias + grid.offset, atol=1e-2)
+    np.testing.assert_allclose(bias[1], grid.offset, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["norm", "dropout"])
+def test_calls_that_always_train_are_kept(name):
+    """Statistics of the batch are not folded, and noise is not left out."""
+    between = {"norm": layers.BatchNormalization(), "dropout": layers.Dropout(0.5)}[name]
+    inputs = x = keras.Input((8, 8, 4))
+    x = LowBitConv2D(3, 3, operands=quantized(), name="one")(x)
+    x = between(x, training=True)
+    x = LowBitConv2D(3, 3, operands=quantized(), name="other")(x)
+    program = plan_integers(deploy(randomized(keras.Model(inputs, x))), "onnx")
+    steps = program.calls.steps
+    assert [type(step.operation) for step in steps][1:-1] == [type(between)]
+    assert not program.is_moved(steps[1])
+
+
 # Files -------------------------------------------------------------------------
 
 
@@ -381,6 +415,25 @@ def test_file(name, format, tmp_path):
     assert "integer operations" in str(report)
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
+
+
+@needs_onnx
+def test_an_input_named_like_an_inner_value(tmp_path):
+    import onnx
+
+    def written(name):
+        inputs = keras.Input((4,), name=name)
+        outputs = LowBitDense(2, operands=quantized(), name="layer")(inputs)
+        model, path = deploy(randomized(keras.Model(inputs, outputs))), tmp_path / f"{name}.onnx"
+        given = np.random.default_rng(1).normal(1, 1, (16, 4)).astype("float32")
+        assert export(model, path, "onnx", sample=given).integers.operations == 1
+        return onnx.load(path).graph
+
+    graph = written("inputs")
+    constants = [each.name for each in graph.initializer if each.name.startswith("c")]
+    values = [name for node in graph.node for name in node.output if name.startswith("t")]
+    for name in (constants[0], values[0]):
+        assert [value.name for value in written(name).input] == [name]
 
 
 @needs_onnx

@@ -97,12 +97,18 @@ class IntegerKernel:
         scales = self.scales * (grid.scale / factor)
         moved = codes.reshape(-1, codes.shape[-1]).sum(0) * scales * (grid.offset / grid.scale)
         bias = self.bias - moved
-        # A channel that a batch norm has (almost) switched off: the scale must not be zero,
-        # nor so small that the bias is too large in its terms.
-        least = np.maximum(np.abs(bias) / _LARGEST_BIAS, np.finfo("float32").tiny)
-        raised = np.maximum(scales, least)
-        codes = np.round(codes * (scales / raised)).astype("int8")
-        return dataclasses.replace(self, codes=codes, scales=raised, bias=bias)
+        return dataclasses.replace(self, codes=codes, scales=scales, bias=bias).with_room(0.0)
+
+    def with_room(self, offset: float) -> IntegerKernel:
+        """The kernel, with scales in which the bias, plus `offset`, is no large integer.
+
+        A channel that a batch norm has (almost) switched off has a scale of (almost) zero.
+        """
+        bias = np.maximum(np.abs(self.bias), np.abs(self.bias + offset))
+        least = np.maximum(bias / _LARGEST_BIAS, np.finfo("float32").tiny)
+        raised = np.maximum(self.scales, least)
+        codes = np.round(self.codes * (self.scales / raised)).astype("int8")
+        return dataclasses.replace(self, codes=codes, scales=raised)
 
     def integer_bias(self, offset: float) -> np.ndarray:
         """The bias, plus `offset`, in int32: multiples of `scales`."""

@@ -63,6 +63,8 @@ class _OnnxWriter:
         self._initializers: list[Any] = []
         self._opsets = {"": int(options["opset_version"])}
         self._count = 0
+        self._taken = {self._calls.values[number].name for number in self._calls.inputs}
+        self._taken.update(leaf.name for leaf in leaves(self._calls.output) if leaf.name)
         # (value, grid or None for floats, layout) → name.
         self._names: dict[tuple[int, Grid | None, str], str] = {}
         # Value that only convolutions read → what is padded, and how, for them to do it.
@@ -207,20 +209,23 @@ class _OnnxWriter:
     def _constant(self, value: Any) -> str:
         """The name of a constant; equal scalars share one."""
         array = np.asarray(value)
-        if array.ndim == 0:
-            name = f"{array.dtype}_{array.item()!r}"
-        else:
-            self._count += 1
-            name = f"c{self._count}"
+        name = f"{array.dtype}_{array.item()!r}" if array.ndim == 0 else self._unused("c")
         self._constants.setdefault(name, array)
         return name
+
+    def _unused(self, letter: str) -> str:
+        """A name that no input or output of the model has."""
+        while True:
+            self._count += 1
+            # Short: a small file consists of names.
+            name = f"{letter}{self._count}"
+            if name not in self._taken:
+                return name
 
     def _add(self, kind: str, inputs: Sequence[str], output: str | None = None, **attributes):
         from onnx import helper
 
-        self._count += 1
-        # Short: a small file consists of names.
-        output = output or f"t{self._count}"
+        output = output or self._unused("t")
         self._nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
         return output
 

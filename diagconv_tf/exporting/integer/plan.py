@@ -237,6 +237,8 @@ class _Planning:
                     "8-bit kernels round them to 256 levels",
                 )
         plan = IntegerPlan(self._model.name, self._format, tuple(self._layers(merged)))
+        steps = tuple(_with_room(step, grids[step.outputs[0]]) for step in merged.steps)
+        merged = dataclasses.replace(merged, steps=steps)
         return Program(plan, self._model, merged, grids)
 
     def _why_not(self, step: Step) -> Iterator[str]:
@@ -300,7 +302,7 @@ class _Planning:
                 activation = keras.layers.Activation(layer.activation, dtype="float32")
                 output = len(values)
                 values[output] = values[step.outputs[0]]
-            elif readers[output] == 1 and output in following:
+            elif readers[output] == 1 and output in following and not _trains(following[output]):
                 norm = following[output]
                 factors = _folded(norm.operation, layer, len(values[output].shape))
                 if factors is not None:
@@ -364,6 +366,13 @@ class _Planning:
             yield PlannedLayer(placed.path, name, len(calls), tuple(dict.fromkeys(reasons)))
 
 
+def _with_room(step: Step, grid: Grid | None) -> Step:
+    """`step`, whose integer bias has room for the offset of the grid of its outputs."""
+    if not isinstance(step, IntegerStep) or grid is None:
+        return step
+    return dataclasses.replace(step, kernel=step.kernel.with_room(grid.offset))
+
+
 def is_deployed_layer(operation: Any) -> bool:
     return isinstance(operation, keras.layers.Layer) and is_deployed(operation)
 
@@ -413,6 +422,11 @@ def _bias_of(norm: Any, factor: np.ndarray) -> tuple[Any, Any]:
     return norm.moving_mean, -1.0 / np.where(factor, factor, np.inf)
 
 
+def _trains(step: Step) -> bool:
+    """Whether a call always does what it does in training (`layer(x, training=True)`)."""
+    return step.arguments is not None and bool(step.arguments.kwargs.get("training"))
+
+
 def _demands(steps: Steps) -> dict[int, Grid | None]:
     """Number of a value → the grid to which all its readers round it, or None."""
     grids: dict[int, Grid | None] = dict.fromkeys(steps.outputs)
@@ -427,7 +441,7 @@ def _demands(steps: Steps) -> dict[int, Grid | None]:
         grid = wanted.pop() if len(wanted) == 1 else None
         if isinstance(step, IntegerStep):
             grid = step.grid
-        elif grid is not None and not _commutes(step.operation, grid):
+        elif grid is not None and (_trains(step) or not _commutes(step.operation, grid)):
             # Somebody rounds what the step gives, but not as it takes it.
             grids.update(dict.fromkeys(step.outputs))
             grid = None

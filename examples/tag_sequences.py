@@ -12,18 +12,13 @@ is printed; the most frequent tag alone gives what the first line says.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import keras
 import numpy as np
 from absl import app, flags, logging
 
 from diagconv_tf import MinimalEffort, rewrite
-
-K = flags.DEFINE_list("k", ["2", "10", "32"], "Elements that are kept of a gate's gradient.")
-UNITS = flags.DEFINE_integer("units", 128, "Units of the LSTM.", lower_bound=1)
-EPOCHS = flags.DEFINE_integer("epochs", 4, "Passes over the training sequences.", lower_bound=1)
-SEQUENCES = flags.DEFINE_integer("sequences", 1000, "Training sequences.", lower_bound=1)
-LENGTH = flags.DEFINE_integer("length", 30, "Symbols of a sequence.", lower_bound=2)
-SEED = flags.DEFINE_integer("seed", 0, "Of weights, sequences and their order.", lower_bound=0)
 
 LETTERS, BRACKETS = 20, 3
 KINDS = 2
@@ -72,31 +67,56 @@ def build_model(units: int) -> keras.Model:
     return model
 
 
-def train(k: int | None) -> float:
-    """The tag accuracy on new sequences after a training; `None` is an ordinary one."""
-    keras.utils.set_random_seed(SEED.value)
-    model = build_model(UNITS.value)
+def train(k: int | None, units: int, epochs: int, sequences: int, length: int, seed: int) -> float:
+    """Trains an LSTM.
+
+    Args:
+        k: elements that are kept of a gate's gradient; `None` trains as usual.
+        units: of the LSTM.
+        epochs: passes over the training sequences.
+        sequences: number of training sequences.
+        length: symbols of a sequence.
+        seed: of weights, sequences and their order.
+
+    Returns:
+        The share of right tags in new sequences.
+    """
+    keras.utils.set_random_seed(seed)
+    model = build_model(units)
     if k is not None:
         rewrite(model, MinimalEffort(k=k), in_place=True)
-    symbols, tags = make_sequences(SEQUENCES.value, LENGTH.value, SEED.value)
-    model.fit(symbols, tags, batch_size=32, epochs=EPOCHS.value, verbose=0)
-    test = make_sequences(500, LENGTH.value, SEED.value + 1)
+    symbols, tags = make_sequences(sequences, length, seed)
+    model.fit(symbols, tags, batch_size=32, epochs=epochs, verbose=0)
+    test = make_sequences(500, length, seed + 1)
     return model.evaluate(*test, batch_size=100, verbose=0, return_dict=True)["accuracy"]
 
 
-def main(_: list[str]) -> None:
-    """Trains and prints."""
-    try:
-        numbers = [int(text) for text in K.value]
-    except ValueError as error:
-        raise app.UsageError(f"Expected integers as --k. Received: {K.value}") from error
-    logging.set_verbosity(logging.ERROR)  # What `rewrite` says of its changes.
-    _, tags = make_sequences(500, LENGTH.value, SEED.value + 1)
+def compare(numbers: Sequence[int], **settings: int) -> None:
+    """Trains as usual and with each k, and prints the accuracies; settings are of `train`."""
+    _, tags = make_sequences(500, settings["length"], settings["seed"] + 1)
     print(f"most frequent tag: {100 * np.bincount(tags.ravel()).max() / tags.size:.2f} %")
     for k in (None, *numbers):
-        name = "ordinary" if k is None else f"k={k} of {UNITS.value}"
-        print(f"{name}: {100 * train(k):.2f} %", flush=True)
+        name = "ordinary" if k is None else f"k={k} of {settings['units']}"
+        print(f"{name}: {100 * train(k, **settings):.2f} %", flush=True)
+
+
+def main(_: list[str]) -> None:
+    """Compares what the flags say."""
+    values = flags.FLAGS
+    try:
+        numbers = [int(text) for text in values.k]
+    except ValueError as error:
+        raise app.UsageError(f"Expected integers as --k. Received: {values.k}") from error
+    logging.set_verbosity(logging.ERROR)  # `rewrite` warns that gradients change.
+    names = ("units", "epochs", "sequences", "length", "seed")
+    compare(numbers, **{name: values[name].value for name in names})
 
 
 if __name__ == "__main__":
+    flags.DEFINE_list("k", ["2", "10", "32"], "Elements that are kept of a gate's gradient.")
+    flags.DEFINE_integer("units", 128, "Units of the LSTM.", lower_bound=1)
+    flags.DEFINE_integer("epochs", 4, "Passes over the training sequences.", lower_bound=1)
+    flags.DEFINE_integer("sequences", 1000, "Training sequences.", lower_bound=1)
+    flags.DEFINE_integer("length", 30, "Symbols of a sequence.", lower_bound=2)
+    flags.DEFINE_integer("seed", 0, "Of weights, sequences and their order.", lower_bound=0)
     app.run(main)

@@ -683,7 +683,7 @@ def test_the_report_says_what_went(simplified, capsys):
 
 
 @one_simplified
-@pytest.mark.parametrize("stop", [7, 39 + 22])  # Between two prunings, told of or not.
+@pytest.mark.parametrize("stop", [3, 39 + 22])  # Between two prunings, told of or not.
 def test_a_training_that_removes_units_goes_on(stop, simplified, tmp_path, monkeypatch):
     run, _ = simplified
     monkeypatch.setattr(train, "export_model", lambda *_: "")

@@ -11,8 +11,8 @@ from keras import layers, ops
 
 from diagconv_tf import restore, rewrite
 from diagconv_tf.copying import copy_model
-from diagconv_tf.lowbit import StochasticRounding
-from diagconv_tf.minimal_effort import MinimalEffort, activeness
+from diagconv_tf.lowbit import LowBitDense, Operands, StochasticRounding
+from diagconv_tf.minimal_effort import MinimalEffort, RandomK, activeness
 from diagconv_tf.minimal_effort.activeness import activeness_of, is_counter
 from diagconv_tf.minimal_effort.compacting import compact
 from diagconv_tf.minimal_effort.mesimp import MeSimp
@@ -384,6 +384,15 @@ def mistakes():
     yield "added", lambda: fit(added), "reads its outputs"
     softmax = perceptron(activation="softmax")
     yield "softmax", lambda: fit(softmax), "its activation mixes units"
+    frozen = perceptron()
+    for layer in frozen.layers[:-1]:
+        layer.trainable = False
+    frozen.compile("sgd", "mse")
+    yield "frozen", lambda: fit(frozen), "it is frozen"
+    kept_at_random = LowBitDense(12, operands=Operands(gradients=RandomK(4)))
+    random = keras.Sequential([keras.Input((6,)), kept_at_random, layers.Dense(3)])
+    random.compile("sgd", "mse")
+    yield "random", lambda: fit(random), "trains with the top k"
 
 
 def fit(model, rate=0.1):
@@ -401,6 +410,8 @@ MISTAKES = (
     "grid",
     "added",
     "softmax",
+    "frozen",
+    "random",
 )
 
 

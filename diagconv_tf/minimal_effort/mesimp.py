@@ -19,9 +19,9 @@ from absl import logging
 from diagconv_tf import class_swap, keras_internals
 from diagconv_tf.distribution import strategy_of
 from diagconv_tf.lowbit.layers import operands_of
-from diagconv_tf.lowbit.operands import UnitOperand
 from diagconv_tf.lowbit.rounding import StochasticRounding
 from diagconv_tf.minimal_effort import activeness
+from diagconv_tf.minimal_effort.operands import TopK
 from diagconv_tf.minimal_effort.optimizer_state import renew
 from diagconv_tf.minimal_effort.removal import Remover
 from diagconv_tf.minimal_effort.unit_graph import HiddenLayer, UnitGraph, unit_graph
@@ -298,7 +298,7 @@ def _prunable(model: keras.Model, graph: UnitGraph) -> list[tuple[HiddenLayer, i
     with_top_k = [
         (layer, operand.keeps(layer.count))
         for layer in graph.hidden
-        if isinstance(operand := operands_of(layer.layer).gradients, UnitOperand)
+        if isinstance(operand := operands_of(layer.layer).gradients, TopK)
     ]
     if not with_top_k:
         raise ValueError(
@@ -306,14 +306,19 @@ def _prunable(model: keras.Model, graph: UnitGraph) -> list[tuple[HiddenLayer, i
             f"makes it. Received: '{model.name}', which has no dense layer or convolution that "
             "trains with the top k"
         )
-    prunable = [(layer, k) for layer, k in with_top_k if not layer.reasons]
+    reasons = {layer.path: layer.reasons or _frozen(layer) for layer, _ in with_top_k}
+    prunable = [(layer, k) for layer, k in with_top_k if not reasons[layer.path]]
     if not prunable:
-        whole = "; ".join(f"{layer.path}: {', '.join(layer.reasons)}" for layer, _ in with_top_k)
+        whole = "; ".join(f"{path}: {', '.join(why)}" for path, why in reasons.items())
         raise ValueError(
             f"Expected a minimal-effort layer that can lose units. Received: '{model.name}', in "
             f"which none can ({whole})"
         )
     return prunable
+
+
+def _frozen(layer: HiddenLayer) -> tuple[str, ...]:
+    return () if layer.layer.trainable else ("it is frozen: nothing counts its active units",)
 
 
 def _is_number(value: Any) -> bool:

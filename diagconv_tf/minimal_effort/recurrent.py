@@ -77,7 +77,8 @@ class _RecurrentLayer(GradientLayer):
 class MinimalEffortLSTM(_RecurrentLayer, keras.layers.LSTM):
     """`keras.layers.LSTM` with a choice of what the gradients of its gates go through.
 
-    While it trains with an operand that drops units, it does not use cuDNN.
+    With an operand that drops units it does not use cuDNN, for inference neither: `restore` it
+    for that.
     """
 
 
@@ -85,7 +86,8 @@ class MinimalEffortLSTM(_RecurrentLayer, keras.layers.LSTM):
 class MinimalEffortGRU(_RecurrentLayer, keras.layers.GRU):
     """`keras.layers.GRU` with a choice of what the gradients of its gates go through.
 
-    While it trains with an operand that drops units, it does not use cuDNN.
+    With an operand that drops units it does not use cuDNN, for inference neither: `restore` it
+    for that.
     """
 
 

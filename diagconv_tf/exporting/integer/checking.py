@@ -31,6 +31,8 @@ EXAMPLES = 32
 _LEVELS = 255
 #: The share of numbers that must be so near.
 _LEAST_SHARE = 0.99
+#: Where roundings alone move more numbers than this leaves, a file cannot be told from a wrong one.
+_FLOOR = 0.5
 #: Relative changes that stand for the roundings of sums in float32: some units of 2**-24.
 _ROUNDINGS = 2.0**-21
 _DRAWS = 3
@@ -75,7 +77,7 @@ class IntegerReference:
             shares.append(share_within(outputs, wanted, steps))
         # Model and file both round.
         usual = 1 - 2 * (1 - float(np.mean(shares)))
-        return cls(wanted, given, steps, min(_LEAST_SHARE, usual))
+        return cls(wanted, given, steps, min(_LEAST_SHARE, max(_FLOOR, usual)))
 
 
 def share_within(

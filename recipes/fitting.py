@@ -383,11 +383,15 @@ def _check_arguments(
 @contextlib.contextmanager
 def _without_final_values(optimizer: keras.Optimizer) -> Iterator[None]:
     """`fit` leaves the weights as they are, not as their moving averages, at its end."""
-    optimizer.finalize_variable_values = lambda variables: None
+    attributes, name = vars(optimizer), "finalize_variable_values"
+    # `MeSimp` has put one there, which leaves its counters out.
+    before = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = lambda variables: None
     try:
         yield
     finally:
-        del optimizer.finalize_variable_values
+        del attributes[name]
+        attributes.update(before)
 
 
 def _build(model: keras.Model, dataset: Any) -> None:

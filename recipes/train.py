@@ -208,7 +208,7 @@ def run_recipe(
             if variant.simplifies(config):
                 smaller = without_removed_units(each.model)
                 simplified[variant.name] = measure_simplified(each.model, smaller, test)
-        restored = smaller or variants[-1].finish(model)
+        restored = variants[-1].finish(model) if smaller is None else smaller
         accuracy = restored.evaluate(test, return_dict=True, verbose=0)["accuracy"]
         # As users expect it of a classifier.
         restored = models.with_probabilities(restored)
@@ -301,6 +301,8 @@ def check_simplification(
         ValueError: If it cannot; the message says why.
     """
     model = build_model(config, images, distribution)
+    if config.ema_momentum:
+        average_statistics(model, average_momentum(config))
     compile_model(model, config, 1, variant.wrap)
     assert variant.treatment is not None  # Else it does not simplify.
     variant.treatment.apply(model)

@@ -701,10 +701,31 @@ def test_a_training_that_removes_units_goes_on(stop, simplified, tmp_path, monke
     assert again.simplified == resumed.simplified
 
 
+def test_averages_of_weights_and_removed_units_go_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "export_model", lambda *_: "")
+    monkeypatch.setattr(train, "compare_steps", lambda *_: ComparedSteps())
+    config = dataclasses.replace(
+        SIMPLIFIED, compare=("meprop:k=5",), output_dir=str(tmp_path), ema_momentum=0.9, epochs=1
+    )
+    run = train.run_recipe(config, verbose=0)
+    found = run.simplified["meprop:k=5"]
+    assert found.parameters[1] < found.parameters[0]
+    assert found.test_accuracy == pytest.approx(run.variants[0].test_accuracy, abs=0.01)
+
+
 @one_backend
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {
+                "model": "small_cnn",
+                "standardize": False,
+                "width_multiplier": 0.25,
+                "ema_momentum": 0.9,
+            },
+            "Expected a minimal-effort layer that can lose units.*AveragingBatchNormalization",
+        ),
         ({"compare": ("stock", "random:k=3")}, "'meprop:k=30'. Received: simplify=0.3 with stock"),
         ({"compare": ("meprop:k=20",)}, "Expected a treatment for the model 'mlp'"),
     ],

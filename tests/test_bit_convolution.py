@@ -190,7 +190,7 @@ def test_models_without_a_layer_for_bits_are_refused():
     model = rewrite(low_bit_network(), LowBit(weights=2))
     with pytest.raises(ValueError, match="signed: its inputs are not quantized"):
         deploy(model, kernels="bits")
-    with pytest.raises(ValueError, match='`kernels` to be "float" or "bits". Received: 2'):
+    with pytest.raises(ValueError, match='`kernels` to be "float", "int8" or "bits". Received: 2'):
         deploy(model, kernels=2)
 
     class Own(keras.Model):

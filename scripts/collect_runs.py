@@ -7,7 +7,8 @@ r"""Gathers the results of recipe runs that differ in their seed, and prints the
         --out=digits_lowbit.json
 
 The rows of `--out` have a test accuracy of each seed, their mean, and the difference from the
-first variant's mean in points. The file also has the settings of the runs.
+first variant's mean in points. Of runs with --simplify they also have what each seed has left.
+The file has the settings of the runs, too.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ def read_runs(folders: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]
                 "over_first": None,
             }
         )
+        if any(variant.get("simplified") for variant in variants):
+            rows[-1]["simplified"] = [variant.get("simplified") for variant in variants]
     for row in rows[1:]:
         row["over_first"] = round(row["mean"] - rows[0]["mean"], 2)
     environments = [report["environment"] for report in reports]

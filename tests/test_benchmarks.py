@@ -384,6 +384,7 @@ def test_runs_of_several_seeds_are_collected(tmp_path):
             {"variant": name, "test_accuracy": accuracy, "bits": [bits, 32, 32]}
             for name, accuracy, bits in zip(("stock", "r"), accuracies, (32, 1), strict=True)
         ]
+        variants[1]["simplified"] = {"units": [[4, seed]]}
         report = {"environment": {"keras": "Keras"}, "variants": variants}
         (folder / "report.json").write_text(json.dumps(report))
     runs = f"--runs={tmp_path}/run_0,{tmp_path}/run_1"
@@ -395,6 +396,8 @@ def test_runs_of_several_seeds_are_collected(tmp_path):
     first, second = results["rows"]
     assert (first["test_accuracies"], first["mean"]) == ([50.0, 100.0], 75.0)
     assert (second["mean"], second["over_first"]) == (56.25, -18.75)
+    assert "simplified" not in first
+    assert second["simplified"] == [{"units": [[4, 0]]}, {"units": [[4, 1]]}]
     assert "-18.75" in output
     (tmp_path / "run_1" / "config.json").write_text(json.dumps({**settings, "epochs": 4}))
     code, output, errors = run("collect_runs.py", runs)

@@ -5,8 +5,10 @@ Source:    network, optimizer, its rate and the epochs, the authors' implementat
            ours: with pixels in [0, 1] few elements cost accuracy.
 Data:      1437 training and 360 test images, 8x8.
 Hardware:  2 CPU cores.
-Time:      TODO
-Accuracy:  TODO
+Time:      JAX, 12 of the 14 variants: 1.5 minutes with other work on the machine.
+Accuracy:  on the test images in percent, JAX, means of seeds 0, 1 and 2: ordinary 97.59; k = 5
+           94.63, 10 97.04, 20 96.76, 40 97.41, 80 97.31, 160 97.69; unified, k = 10 97.50, 40
+           97.59, 160 97.50; random, k = 5 97.13, 10 97.13, 40 97.69, 160 97.41. One image is 0.28.
 
     python -m recipes.train --config=digits_meprop
 """

@@ -20,7 +20,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -238,6 +238,38 @@ def write_results(path: str, rows: Sequence[Any], environment: Mapping[str, Any]
         )
         text = stream.getvalue().rstrip("\n")
     files.write_text(target, text)
+
+
+def measure_groups(
+    groups: Sequence[Any],
+    benchmark: Callable[[Any, float | None], Sequence[Any]],
+    environment: Mapping[str, Any],
+    *,
+    budget_seconds: float | None,
+    out: str | None,
+) -> list[Any]:
+    """Measures one group after another, and writes what there is after each of them.
+
+    Args:
+        groups: data classes that say what is measured together; printed to stderr.
+        benchmark: the rows of a group, in so many seconds; None means no limit.
+        environment: as `environment` returns it.
+        budget_seconds: for all groups; None means no limit.
+        out: a file for `write_results`, or None.
+
+    Returns:
+        The rows of all groups.
+    """
+    budget = Budget(budget_seconds, len(groups))
+    rows: list[Any] = []
+    for group in groups:
+        print(*dataclasses.astuple(group), file=sys.stderr)
+        rows += benchmark(group, budget.next_share())
+        if out:
+            # After each group: what is measured outlives a crash.
+            write_results(out, rows, environment)
+        keras.backend.clear_session(free_memory=True)
+    return rows
 
 
 def grouped(rows: Iterable[Any], key: Any) -> Iterator[tuple[Any, list[Any]]]:

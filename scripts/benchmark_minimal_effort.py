@@ -339,16 +339,13 @@ def main(_: list[str]) -> None:
         )
     ]
     settings = bench_common.flag_values(flags.FLAGS.get_key_flags_for_module(sys.argv[0]))
-    environment = bench_common.environment(settings)
-    budget = bench_common.Budget(BUDGET.value, len(groups))
-    rows: list[Row] = []
-    for group in groups:
-        print(*dataclasses.astuple(group), file=sys.stderr)
-        rows += benchmark(group, budget.next_share())
-        if OUT.value:
-            # After each group: what is measured outlives a crash.
-            bench_common.write_results(OUT.value, rows, environment)
-        keras.backend.clear_session(free_memory=True)
+    rows = bench_common.measure_groups(
+        groups,
+        benchmark,
+        bench_common.environment(settings),
+        budget_seconds=BUDGET.value,
+        out=OUT.value,
+    )
     bench_common.print_table(make_table(rows))
     bench_common.print_errors((f"{row.form}, {row.units} units", row.error) for row in rows)
 
